@@ -1,0 +1,273 @@
+// Lanes: the number types kernels are written in, and their elementary functions.
+//
+// A functor takes lanes of type V and says the formula once. V is
+//   lane_f32        kLanes floats side by side (GCC/Clang vector extensions), the CPU's float arithmetic;
+//   float, double   one number: CUDA's arithmetic, and double on the CPU.
+// Operators, comparisons and `condition ? a : b` work on every V; what does not is spelled here. Files of ops name no intrinsic.
+// Compiled with -ffp-contract=off and -fmad=false: a fused multiply-add happens only where fma() is written.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define GK_FN __host__ __device__ __forceinline__
+#else
+#define GK_FN inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+#define GK_LANES 16
+#elif defined(__AVX2__)
+#define GK_LANES 8
+#else
+#define GK_LANES 4
+#endif
+#endif
+
+namespace gk {
+
+// ---- types: Lane<V> names the scalar, the integers of the same width, and how many numbers one V holds
+
+template <class V>
+struct Lane;
+template <>
+struct Lane<float> {
+  using Scalar = float;
+  using Int = int32_t;
+  using Uint = uint32_t;
+  static constexpr int kCount = 1;
+};
+template <>
+struct Lane<double> {
+  using Scalar = double;
+  using Int = int64_t;
+  using Uint = uint64_t;
+  static constexpr int kCount = 1;
+};
+
+#ifndef __CUDACC__
+constexpr int kLanes = GK_LANES;
+typedef float lane_f32 __attribute__((vector_size(4 * GK_LANES)));
+typedef int32_t lane_i32 __attribute__((vector_size(4 * GK_LANES)));
+typedef uint32_t lane_u32 __attribute__((vector_size(4 * GK_LANES)));
+typedef uint64_t lane_u64 __attribute__((vector_size(4 * GK_LANES)));  // kLanes / 2 words
+template <>
+struct Lane<lane_f32> {
+  using Scalar = float;
+  using Int = lane_i32;
+  using Uint = lane_u32;
+  static constexpr int kCount = kLanes;
+};
+#endif
+
+template <class V>
+using Scalar = typename Lane<V>::Scalar;
+
+// ---- constants, bits, conversions
+
+template <class V>
+GK_FN V splat(double x) {
+  if constexpr (Lane<V>::kCount == 1) return static_cast<V>(x);
+  else return static_cast<Scalar<V>>(x) - V{};
+}
+template <class To, class From>
+GK_FN To bitcast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bitcast keeps the width");
+  To to;
+  memcpy(&to, &x, sizeof(To));
+  return to;
+}
+template <class V>
+GK_FN V to_float(typename Lane<V>::Int x) {
+  if constexpr (Lane<V>::kCount == 1) return static_cast<V>(x);
+#ifndef __CUDACC__
+  else return __builtin_convertvector(x, V);
+#endif
+}
+template <class V>
+GK_FN typename Lane<V>::Int to_int(V x) {  // truncates
+  if constexpr (Lane<V>::kCount == 1) return static_cast<typename Lane<V>::Int>(x);
+#ifndef __CUDACC__
+  else return __builtin_convertvector(x, typename Lane<V>::Int);
+#endif
+}
+
+// ---- fused multiply-add, square root: the two that need the machine's own instruction
+
+GK_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+GK_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }
+GK_FN float sqrt(float x) { return ::sqrtf(x); }
+GK_FN double sqrt(double x) { return ::sqrt(x); }
+#ifndef __CUDACC__
+GK_FN lane_f32 fma(lane_f32 a, lane_f32 b, lane_f32 c) {
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (lane_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;  // baseline x86-64 has no such instruction
+#endif
+}
+GK_FN lane_f32 sqrt(lane_f32 x) {
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (lane_f32)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (lane_f32)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes; i++) x[i] = ::sqrtf(x[i]);
+  return x;
+#endif
+}
+#endif
+
+// ---- polynomials, lowest degree first
+
+template <class V>
+GK_FN V horner(V, double c) {
+  return splat<V>(c);
+}
+template <class V, class... Rest>
+GK_FN V horner(V x, double c, Rest... rest) {  // plain multiply and add: the same bits everywhere
+  return horner(x, rest...) * x + splat<V>(c);
+}
+template <class V>
+GK_FN V horner_fma(V, double c) {
+  return splat<V>(c);
+}
+template <class V, class... Rest>
+GK_FN V horner_fma(V x, double c, Rest... rest) {
+  return fma(horner_fma(x, rest...), x, splat<V>(c));
+}
+
+// ---- elementary functions: about 1e-7 relative in float; exp overflows to infinity, underflows to zero, keeps NaN
+
+constexpr float kSmallExponent = 0.34657359f;  // ln(2) / 2: below it e^x needs no scaling by a power of two
+
+template <class V>
+GK_FN V exp_tail_polynomial(V x) {  // (e^x - 1 - x) / x^2 for |x| <= ln(2) / 2
+  if constexpr (sizeof(Scalar<V>) == 4)
+    return horner_fma(x, 0.5, 0.16666666, 0.041666463, 0.008333571, 0.0013935097, 0.00019739558);
+  else
+    return horner_fma(x, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
+                      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0);
+}
+
+GK_FN float exp(float x) { return ::expf(x); }
+GK_FN double exp(double x) { return ::exp(x); }
+#ifndef __CUDACC__
+GK_FN lane_f32 exp(lane_f32 x) {
+  const lane_f32 magic = splat<lane_f32>(12582912.0);  // adding it rounds to an integer, ties to even
+  x = x < -104.0f ? splat<lane_f32>(-104.0) : x;       // this order of operands keeps NaN
+  x = x > 89.0f ? splat<lane_f32>(89.0) : x;
+  const lane_f32 n = (x * 1.44269504f + magic) - magic;
+  const lane_f32 r = fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), x));
+  const lane_f32 p = fma(exp_tail_polynomial(r), r * r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const lane_i32 k = to_int(n), half = k >> 1;  // 2^k in two factors, so that subnormal results and overflow come out right
+  return p * (lane_f32)((half + 127) << 23) * (lane_f32)((k - half + 127) << 23);
+#endif
+}
+#endif
+
+// e^x - 1 - x without cancellation near zero.
+template <class V>
+GK_FN V expm1_tail(V x) {
+  const V near = exp_tail_polynomial(x) * x * x, far = (exp(x) - 1) - x;
+  return (x < kSmallExponent && x > -kSmallExponent) ? near : far;
+}
+template <class V>
+GK_FN V expm1(V x) {
+  const V near = fma(exp_tail_polynomial(x), x * x, x), far = exp(x) - 1;
+  return (x < kSmallExponent && x > -kSmallExponent) ? near : far;
+}
+template <class V>
+GK_FN V tanh(V x) {
+  x = x > 20 ? splat<V>(20) : x;
+  x = x < -20 ? splat<V>(-20) : x;
+  const V e = expm1(x + x);
+  return e / (e + 2);
+}
+
+// ---- memory (CPU): kCount numbers, or the first `count` of them with the rest zero
+
+#ifndef __CUDACC__
+template <class V>
+GK_FN V load(const Scalar<V>* p) {
+  V x;
+  memcpy(&x, p, sizeof(V));
+  return x;
+}
+template <class V>
+GK_FN void store(Scalar<V>* p, V x) {
+  memcpy(p, &x, sizeof(V));
+}
+GK_FN double load_first(const double* p, int count, double) { return count ? *p : 0.0; }
+GK_FN void store_first(double* p, double x, int count) {
+  if (count) *p = x;
+}
+GK_FN lane_f32 load_first(const float* p, int count, lane_f32) {
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  lane_f32 x = {};
+  for (int i = 0; i < count; i++) x[i] = p[i];
+  return x;
+#endif
+}
+GK_FN void store_first(float* p, lane_f32 x, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#else
+  for (int i = 0; i < count; i++) p[i] = x[i];
+#endif
+}
+GK_FN double sum_first(double x, int count) { return count ? x : 0.0; }
+GK_FN double sum_first(lane_f32 x, int count) {  // fixed order
+  double total = 0;
+  for (int i = 0; i < kLanes; i++) total += i < count ? static_cast<double>(x[i]) : 0.0;
+  return total;
+}
+GK_FN lane_f32 keep_first(lane_f32 x, int count) {  // the others become zero
+  lane_i32 index;
+  for (int i = 0; i < kLanes; i++) index[i] = i;
+  return index < count ? x : lane_f32{};
+}
+GK_FN double keep_first(double x, int count) { return count ? x : 0.0; }
+
+// out[4 * i + j] = x[j][i]: the four values of every counter become neighbours.
+GK_FN void store_interleaved(float* out, const lane_f32 x[4]) {
+#if defined(__AVX512F__)
+  const __m512 p = _mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]), q = _mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]);
+  const __m512 r = _mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]), t = _mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]);
+  const __m512 g0 = (__m512)_mm512_unpacklo_pd((__m512d)p, (__m512d)r), g1 = (__m512)_mm512_unpackhi_pd((__m512d)p, (__m512d)r);
+  const __m512 g2 = (__m512)_mm512_unpacklo_pd((__m512d)q, (__m512d)t), g3 = (__m512)_mm512_unpackhi_pd((__m512d)q, (__m512d)t);
+  const __m512 x0 = _mm512_shuffle_f32x4(g0, g1, 0x44), x1 = _mm512_shuffle_f32x4(g2, g3, 0x44);
+  const __m512 x2 = _mm512_shuffle_f32x4(g0, g1, 0xee), x3 = _mm512_shuffle_f32x4(g2, g3, 0xee);
+  _mm512_storeu_ps(out, _mm512_shuffle_f32x4(x0, x1, 0x88));
+  _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(x0, x1, 0xdd));
+  _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(x2, x3, 0x88));
+  _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(x2, x3, 0xdd));
+#elif defined(__AVX2__)
+  const __m256 p = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]), q = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+  const __m256 r = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]), t = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
+  const __m256 g0 = (__m256)_mm256_unpacklo_pd((__m256d)p, (__m256d)r), g1 = (__m256)_mm256_unpackhi_pd((__m256d)p, (__m256d)r);
+  const __m256 g2 = (__m256)_mm256_unpacklo_pd((__m256d)q, (__m256d)t), g3 = (__m256)_mm256_unpackhi_pd((__m256d)q, (__m256d)t);
+  _mm256_storeu_ps(out, _mm256_permute2f128_ps(g0, g1, 0x20));
+  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(g2, g3, 0x20));
+  _mm256_storeu_ps(out + 16, _mm256_permute2f128_ps(g0, g1, 0x31));
+  _mm256_storeu_ps(out + 24, _mm256_permute2f128_ps(g2, g3, 0x31));
+#else
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < 4; j++) out[4 * i + j] = x[j][i];
+#endif
+}
+#endif
+
+}  // namespace gk
