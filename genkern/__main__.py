@@ -1,0 +1,5 @@
+import sys
+
+from genkern.cli import main
+
+sys.exit(main())

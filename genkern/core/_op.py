@@ -1,0 +1,244 @@
+"""Op: from one schema and one reference to a function that picks a backend, differentiates and compiles.
+
+Above the dispatcher, one chooser looks up (forced backend, device type) and calls either the reference (plain differentiable
+torch, which Inductor may fuse) or a raw native op. Raw ops are private: torch.ops.genkern._<name>, with kernels added by the C++
+library of the device, and twins of the same schema for Triton and for the CUDA emulation.
+"""
+
+import importlib
+import importlib.util
+import warnings
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from genkern.core import _backends
+from genkern.core._backends import BACKENDS, INTERPRET, PREFERENCE
+
+OPS: dict = {}  # name -> Op
+
+_NAMESPACES = sorted({backend.namespace for backend in BACKENDS.values()})
+_fragments = {name: torch.library.Library(name, "FRAGMENT") for name in _NAMESPACES}  # registrations die with these
+
+
+def _define(name, schema, fake):
+    for namespace, fragment in _fragments.items():
+        fragment.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=fragment)
+
+
+def implements(backend, name):
+    """Register a Python function (a Triton launcher) as the kernel of raw op `name` on a backend."""
+    chosen = BACKENDS[backend]
+
+    def register(function):
+        _fragments[chosen.namespace].impl("_" + name, function, chosen.key)
+        return function
+
+    return register
+
+
+def _transforming():
+    """Inside vmap, grad, jvp ... of torch.func, or in forward-mode differentiation: only plain torch operations are right there."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class Op:
+    """An operation on every backend.
+
+    name            the stem: schema, file, case, test and bench name
+    schema          "(Tensor x, ..., float a) -> (Tensor, Tensor)"
+    reference       the formula in plain torch with the same positional arguments: documentation, fallback and oracle
+    fake            output shapes for torch.compile, with the same arguments
+    differentiable  names of the arguments that have gradients; the raw op `_<name>_backward(grad outputs, all arguments)` returns
+                    those of the arguments that are not None
+    device_of       position of the argument whose device chooses the backend
+    """
+
+    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0):
+        self.name, self.reference, self.device_of = name, reference, device_of
+        parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
+        arguments, outputs = parsed.arguments, len(parsed.returns)
+        self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        self._differentiable = tuple(i for i, a in enumerate(arguments) if a.name in differentiable)
+        _define("_" + name, schema, fake)
+        if differentiable:
+            grads = ", ".join(f"Tensor grad_{i}" for i in range(outputs))
+            inside = schema[1 : schema.index(") ->")]
+            _define(f"_{name}_backward", f"({grads}, {inside}) -> Tensor[]", self._fake_backward(outputs))
+        self._forward = {b: getattr(getattr(torch.ops, n), f"_{name}").default for b, (n, _, _) in BACKENDS.items()}
+        self._backward = differentiable and {
+            b: getattr(getattr(torch.ops, n), f"_{name}_backward").default for b, (n, _, _) in BACKENDS.items()
+        }
+        self._function = self._autograd_function() if differentiable else None
+        self._default: dict = {}  # device type -> (backend, None or why it is the reference)
+        _backends.libraries()
+        self._settle("cpu")
+        OPS[name] = self
+
+    def __call__(self, *args):
+        choice, why = self._choose(args[self.device_of].device.type)
+        if not torch.compiler.is_compiling():
+            _backends.count(self.name, choice)
+            if why is not None:
+                self._slow(why)
+        if choice == "reference":
+            return self._call_reference(args)
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self._differentiable):
+            return self._function.apply(choice, *args)
+        return self._forward[choice](*args)
+
+    # ---- choosing
+
+    def available(self, device_type):
+        """{backend: None if it can serve tensors of this device type, else the reason why not}."""
+        return {name: self._missing(name, device_type) for name in BACKENDS}
+
+    def _missing(self, name, device_type):
+        namespace, device, key = BACKENDS[name]
+        if device != device_type:
+            return f"serves {device} tensors" + (" (TRITON_INTERPRET=1: cpu)" if name == "triton" else "")
+        if name == "triton":
+            module = self.reference.__module__ + "_triton"
+            if importlib.util.find_spec("triton") is None:
+                return "triton is not installed"
+            if importlib.util.find_spec(module) is None:
+                return "no Triton kernel exists"
+            importlib.import_module(module)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::_{self.name}", key):
+            return None
+        if name == "emulated":
+            return "the emulated library is not loaded"
+        return _backends.libraries()[name][1] if name in ("cpu", "cuda") else "no Triton kernel exists"
+
+    def _settle(self, device_type):
+        why = f"no kernels exist for {device_type} tensors"
+        for name in PREFERENCE.get(device_type, ()):
+            missing = self._missing(name, device_type)
+            if missing is None and device_type == "cuda":
+                from genkern.core._verified import untrusted
+
+                missing = untrusted(self.name, name)
+            if missing is None:
+                self._default[device_type] = (name, None)
+                return
+            why = f"{name}: {missing}"
+        self._default[device_type] = ("reference", why)
+
+    def _choose(self, device_type):
+        """(backend, None or why a slow path is taken)."""
+        name = _backends.forced()
+        if name == "reference":
+            return name, None
+        if _transforming():
+            return "reference", None
+        if name is not None and BACKENDS[name].device == device_type:
+            if device_type != "cpu" or name != self._default["cpu"][0]:
+                missing = self._missing(name, device_type)
+                if missing is not None:
+                    raise RuntimeError(f"{self.name}: backend {name!r} was forced but cannot be used: {missing}")
+            return name, None
+        if device_type not in self._default:
+            self._settle(device_type)
+        return self._default[device_type]
+
+    def _slow(self, why):
+        if _backends.is_strict():
+            raise RuntimeError(f"{self.name}: takes the slow PyTorch reference ({why}); genkern.strict() forbids it")
+        _warn_once(why)
+
+    def _call_reference(self, args):
+        device_type = args[self.device_of].device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self.reference(*args)
+        return self.reference(*args)
+
+    # ---- differentiating
+
+    def _fake_backward(self, outputs):
+        def fake(*args):
+            inputs = args[outputs:]
+            return [
+                torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+                for i in self._differentiable
+                if inputs[i] is not None
+            ]
+
+        return fake
+
+    def _autograd_function(self):
+        op = self
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, choice, *args):
+                ctx.save_for_backward(*(args[i] for i in op._tensors))
+                ctx.choice, ctx.rest = choice, [None if i in op._tensors else a for i, a in enumerate(args)]
+                return op._forward[choice](*args)
+
+            @staticmethod
+            def backward(ctx, *grads):
+                args = ctx.rest
+                for i, tensor in zip(op._tensors, ctx.saved_tensors, strict=True):
+                    args[i] = tensor
+                if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
+                    got = op._differentiate_reference(args, grads)
+                else:
+                    if not torch.compiler.is_compiling():
+                        _backends.count(op.name + "_backward", ctx.choice)
+                    got = iter(op._backward[ctx.choice](*grads, *args))
+                    got = {i: next(got) for i in op._differentiable if args[i] is not None}
+                return (None, *[got.get(i) for i in range(len(args))])
+
+        Function.__name__ = Function.__qualname__ = self.name
+        return Function
+
+    def _differentiate_reference(self, args, grads):
+        """Gradients with a graph of their own: those of the reference, so that they can be differentiated again."""
+        alias = list(args)  # aliases, because saved inputs that depend on each other would be counted twice
+        for i in self._differentiable:
+            alias[i] = None if args[i] is None else args[i].view_as(args[i])
+        outputs = self._call_reference(alias)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [i for i in self._differentiable if alias[i] is not None and alias[i].requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        got = torch.autograd.grad(
+            [o for o, _ in pairs], [alias[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+        return dict(zip(wanted, got, strict=True))
+
+
+_warned: set = set()
+
+
+def _warn_once(why):
+    if why in _warned:
+        return
+    _warned.add(why)
+    how = "python -m genkern verify" if "verify" in why else "python -m genkern info"
+    warnings.warn(f"genkern runs on its PyTorch references here ({why}). To see or mend this: {how}", stacklevel=4)
+
+
+def explain(name, *args):
+    """Why a fast path is not taken for these (positional, raw) arguments of op `name`: a list of sentences, empty if it is."""
+    op = OPS[name]
+    device_type = args[op.device_of].device.type
+    if _backends.forced() == "reference":
+        return ['backend "reference" is forced']
+    if _transforming():
+        return ["inside a torch.func transform or forward-mode differentiation the reference is taken"]
+    choice, why = op._choose(device_type)
+    reasons = [] if why is None else [why]
+    reasons += [
+        f"argument {i} is not contiguous and is copied first"
+        for i in op._tensors
+        if args[i] is not None and choice != "reference" and not _row_dense(args[i])
+    ]
+    if INTERPRET and choice == "triton":
+        reasons.append("Triton runs in its interpreter (TRITON_INTERPRET=1)")
+    return reasons
+
+
+def _row_dense(x):
+    return x.dim() == 0 or x.is_contiguous() or (x.shape[0] > 0 and x[0].is_contiguous())
