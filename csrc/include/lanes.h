@@ -95,6 +95,13 @@ GK_FN typename Lane<V>::Int to_int(V x) {  // truncates
 #endif
 }
 
+GK_FN float bfloat16_to_float(uint16_t x) { return bitcast<float>(static_cast<uint32_t>(x) << 16); }
+GK_FN uint16_t float_to_bfloat16(float x) {  // nearest, ties to even; NaN stays NaN
+  const uint32_t bits = bitcast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
 // ---- fused multiply-add, square root: the two that need the machine's own instruction
 
 GK_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }

@@ -126,12 +126,28 @@ GK_FN lane_f32 to_unit(lane_u32 r) {  // high * 65536 is exact, so the sum is th
 #endif
 GK_FN double to_unit(uint32_t r, uint32_t low) { return r * 0x1p-32 + (low * 0x1p-64 + 0x1p-65); }
 
-// -ln(u) for a uniform u, fine at both ends: the upper half of the words is reflected, u = 1 - w, and uses ln(1 - w).
+// -ln(1 - w) for 0 < w <= 1/2
 template <class V>
-GK_FN V minus_log_complement(V w) {  // -ln(1 - w) for 0 < w <= 1/2
+GK_FN V minus_log_complement(V w) {
   const V u = 1.0f - w;
   return (w - (1.0f - u)) - exact_log(u);  // the first difference is what rounding 1 - w lost
 }
+
+template <class V>
+using Mask = decltype(V{} < V{});
+
+// min(u, 1 - u) of a uniform u, fine near zero; *reflected tells that it is 1 - u
+template <class V, class U, class Mask>
+GK_FN V half_unit(U r, Mask* reflected) {
+  *reflected = r >= 0x80000000u;
+  return to_unit(*reflected ? (U)~r : r);
+}
+template <class V, class Mask>
+GK_FN V half_unit(uint32_t high, uint32_t low, Mask* reflected) {
+  *reflected = high >= 0x80000000u;
+  return *reflected ? to_unit(~high, ~low) : to_unit(high, low);
+}
+
 // ---- distributions: operator()(words, values)
 
 struct Normal {  // Box-Muller: sqrt(-2 ln u1) (cos, sin)(2 pi u2)
@@ -204,18 +220,13 @@ struct Bernoulli : PerElement<Bernoulli> {  // 1 where the word is at most `last
   }
 };
 
-struct Exponential : PerElement<Exponential> {  // -ln u
-  template <class V, class U>
-  GK_FN V value(U r) const {
-    const auto reflected = r >= 0x80000000u;
-    const V w = to_unit(reflected ? (U)~r : r);
-    return reflected ? minus_log_complement(w) : -exact_log(w);
-  }
-  template <class V>
-  GK_FN V value(uint32_t high, uint32_t low) const {
-    const bool reflected = high >= 0x80000000u;
-    const double w = reflected ? to_unit(~high, ~low) : to_unit(high, low);
-    return reflected ? minus_log_complement(w) : -exact_log(w);
+struct Exponential : PerElement<Exponential> {  // -ln u, one logarithm for both ends
+  template <class V, class... U>
+  GK_FN V value(U... r) const {
+    Mask<V> reflected;
+    const V w = half_unit<V>(r..., &reflected), u = reflected ? 1.0f - w : w;
+    const V lost = reflected ? w - (1.0f - u) : V{};
+    return lost - exact_log(u);
   }
 };
 
@@ -227,16 +238,10 @@ struct Gumbel : PerElement<Gumbel> {  // -ln(-ln u)
 };
 
 struct Logistic : PerElement<Logistic> {  // ln(u / (1 - u)), odd around the middle word
-  template <class V, class U>
-  GK_FN V value(U r) const {
-    const auto reflected = r >= 0x80000000u;
-    const V w = to_unit(reflected ? (U)~r : r), x = exact_log(w) + minus_log_complement(w);
-    return reflected ? -x : x;
-  }
-  template <class V>
-  GK_FN V value(uint32_t high, uint32_t low) const {
-    const bool reflected = high >= 0x80000000u;
-    const double w = reflected ? to_unit(~high, ~low) : to_unit(high, low), x = exact_log(w) + minus_log_complement(w);
+  template <class V, class... U>
+  GK_FN V value(U... r) const {
+    Mask<V> reflected;
+    const V w = half_unit<V>(r..., &reflected), x = exact_log(w) + minus_log_complement(w);
     return reflected ? -x : x;
   }
 };

@@ -1,0 +1,194 @@
+// The CPU driver of rows.h: tiles of at most 1024 elements, noise for a tile in L1, lanes over a tile, sums per tile in double.
+// How work is cut does not depend on the number of threads, so results do not either.
+#pragma once
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace gk {
+
+// ---- storage <-> arithmetic type
+
+inline void half_to_float(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#endif
+  for (; i < n; i++) {
+    _Float16 x;
+    memcpy(&x, from + i, 2);
+    to[i] = static_cast<float>(x);
+  }
+}
+inline void float_to_half(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; i++) {
+    const _Float16 x = static_cast<_Float16>(from[i]);
+    memcpy(to + i, &x, 2);
+  }
+}
+
+// Elements [0, n) of a row from column `column` on, as S: in place where the storage is S, else converted into buffer.
+inline const double* read(const Array& a, int64_t row, int64_t column, int64_t, double*) {
+  return static_cast<const double*>(a.data) + row * a.row_stride + column;
+}
+inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n, float* buffer) {
+  const int64_t at = row * a.row_stride + column;
+  if (a.storage == Storage::kFloat) return static_cast<const float*>(a.data) + at;
+  if (a.storage == Storage::kHalf) {
+    half_to_float(static_cast<const uint16_t*>(a.data) + at, buffer, n);
+  } else if (a.storage == Storage::kBFloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(a.data) + at;
+    for (int64_t i = 0; i < n; i++) buffer[i] = bfloat16_to_float(p[i]);
+  } else {
+    const uint8_t* p = static_cast<const uint8_t*>(a.data) + at;
+    for (int64_t i = 0; i < n; i++) buffer[i] = p[i];
+  }
+  return buffer;
+}
+// Where results of S for those elements go: straight to memory, or to a buffer that write() converts.
+template <class S>
+S* place(const Array& a, int64_t row, int64_t column, S* buffer) {
+  const bool direct = a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble);
+  return direct ? static_cast<S*>(a.data) + row * a.row_stride + column : buffer;
+}
+template <class S>
+void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t n) {
+  const int64_t at = row * a.row_stride + column;
+  if (a.storage == Storage::kByte) {
+    uint8_t* p = static_cast<uint8_t*>(a.data) + at;
+    for (int64_t i = 0; i < n; i++) p[i] = static_cast<uint8_t>(buffer[i]);
+  } else if constexpr (sizeof(S) == 4) {
+    uint16_t* p = static_cast<uint16_t*>(a.data) + at;
+    if (a.storage == Storage::kHalf) float_to_half(buffer, p, n);
+    if (a.storage == Storage::kBFloat16)
+      for (int64_t i = 0; i < n; i++) p[i] = float_to_bfloat16(buffer[i]);
+  }
+}
+inline void write_sum(const Array& a, int64_t row, double total) {
+  if (a.storage == Storage::kDouble) static_cast<double*>(a.data)[row * a.row_stride] = total;
+  else static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
+}
+
+// ---- noise: elements [first, first + count) of a stream in `buffer`, which has room for whole groups around them
+
+template <class S>
+struct Vector;
+template <>
+struct Vector<float> {
+  using type = lane_f32;
+};
+template <>
+struct Vector<double> {
+  using type = double;
+};
+
+constexpr int64_t kNoiseRoom = kTile + 8 * kLanes;
+
+template <class N>
+const float* fill_noise(const N& distribution, float* buffer, Key key, uint64_t first, int64_t count) {
+  const int64_t skip = static_cast<int64_t>(first % 4);
+  for (int64_t done = -skip; done < count; done += 4 * kLanes) {
+    lane_u32 words[4];
+    lane_f32 values[4];
+    philox_words(key, (first + done) / 4, words);
+    distribution(words, values);
+    store_interleaved(buffer + skip + done, values);
+  }
+  return buffer + skip;
+}
+template <class N>
+const double* fill_noise(const N& distribution, double* buffer, Key key, uint64_t first, int64_t count) {
+  const int64_t skip = static_cast<int64_t>(first % 2);
+  for (int64_t done = -skip; done < count; done += 2) {
+    uint32_t words[4];
+    philox_words(key, (first + done) / 2, words);
+    distribution(words, buffer + skip + done);
+  }
+  return buffer + skip;
+}
+
+// ---- one segment of one row
+
+template <class F, class S>
+GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile], double* sums) {
+  using V = typename Vector<S>::type;
+  constexpr int kCount = Lane<V>::kCount;
+  const S* in[F::kInputs + 1];
+  S* out[F::kOutputs + 1];
+  V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1], total[F::kSums + 1];
+  for (int k = 0; k < F::kInputs; k++) in[k] = read(job.in[k], row, column, n, buffers[k]);
+  for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
+  for (int k = 0; k < F::kRowInputs; k++) {
+    S one;
+    row_in[k] = splat<V>(*read(job.row_in[k], row, 0, 1, &one));
+  }
+  for (int k = 0; k < F::kSums; k++) total[k] = V{};
+  int64_t i = 0;
+  for (; i + kCount <= n; i += kCount) {
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + i);
+    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
+    for (int k = 0; k < F::kOutputs; k++) store(out[k] + i, out_lane[k]);
+    for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
+  }
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_first(in[k] + i, rest, V{});
+    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
+    for (int k = 0; k < F::kOutputs; k++) store_first(out[k] + i, out_lane[k], rest);
+    for (int k = 0; k < F::kSums; k++) total[k] = total[k] + keep_first(term[k], rest);
+  }
+  for (int k = 0; k < F::kOutputs; k++)
+    if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
+  for (int k = 0; k < F::kSums; k++) sums[k] = sum_first(total[k], kCount);
+}
+
+// ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile
+
+template <class S, class F>
+void drive_rows(const RowJob<F>& job, const Tensor&) {
+  constexpr int kSums = F::kSums;
+  const int64_t tiles = std::max<int64_t>(1, (job.width + kTile - 1) / kTile);  // per row
+  const int64_t rows_per_unit = std::max<int64_t>(1, kTile / std::max<int64_t>(1, job.width));
+  const int64_t units = tiles > 1 ? job.rows * tiles : (job.rows + rows_per_unit - 1) / rows_per_unit;
+  std::vector<double> partial(kSums && tiles > 1 ? static_cast<size_t>(units * kSums) : 0);
+  torch::stable::parallel_for(0, units, 16, [&](int64_t begin, int64_t end) {
+    alignas(64) S buffers[F::kInputs + F::kOutputs + 1][kTile];
+    alignas(64) S noise_buffer[has_noise<F> ? kNoiseRoom : 1];
+    double sums[kSums + 1];
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t row0 = tiles > 1 ? unit / tiles : unit * rows_per_unit;
+      const int64_t column = tiles > 1 ? unit % tiles * kTile : 0;
+      const int64_t rows = tiles > 1 ? 1 : std::min(rows_per_unit, job.rows - row0);
+      const int64_t n = std::min(kTile, job.width - column);
+      const S* noise = noise_buffer;
+      if constexpr (has_noise<F>)
+        if (job.keys.stride == 0)
+          noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(0), static_cast<uint64_t>(row0 * job.width + column), rows * n);
+      for (int64_t row = row0; row < row0 + rows; row++) {
+        const S* row_noise = noise;
+        if constexpr (has_noise<F>) {
+          if (job.keys.stride == 0) row_noise = noise + (row - row0) * job.width;
+          else row_noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(row), static_cast<uint64_t>(column), n);
+        }
+        run_segment<F, S>(job, row, column, n, row_noise, buffers, sums);
+        for (int k = 0; k < kSums; k++) {
+          if (tiles > 1) partial[unit * kSums + k] = sums[k];
+          else write_sum(job.sum[k], row, sums[k]);
+        }
+      }
+    }
+  });
+  if (kSums == 0 || tiles == 1) return;
+  for (int64_t row = 0; row < job.rows; row++)
+    for (int k = 0; k < kSums; k++) {
+      double total = 0;
+      for (int64_t tile = 0; tile < tiles; tile++) total += partial[(row * tiles + tile) * kSums + k];
+      write_sum(job.sum[k], row, total);
+    }
+}
+
+}  // namespace gk

@@ -1,0 +1,1 @@
+"""Ops: functions on tensors, one file each, on every backend."""

@@ -1,0 +1,200 @@
+"""Counter-based random numbers: the same key gives the same noise, on every device, backend and number of threads.
+
+    key = genkern.random.key(42)
+    x = genkern.random.normal(key, (256, 4096))                       # element e depends on the key and on e alone
+    keys = genkern.random.split(key, 16)                              # one stream per sample
+    z = genkern.random.normal(keys, (16, 3, 32, 32))                  # z[i] does not depend on the batch it is drawn in
+
+A key is an int64 tensor (2,) = (seed, offset), or (N, 2) for one stream per row. Calling twice with one key gives the same numbers
+twice: split() or fold_in() make new ones. Bits, uniforms and Bernoulli draws are equal bit for bit everywhere, and so are float32,
+bfloat16 and half normals, exponentials, Gumbel and logistic draws; float64 ones are equal in C++, CUDA and NumPy and within a few
+units in the last place in the torch reference. Formulas: genkern/ops/random/_random.py.
+"""
+
+import math
+
+import torch
+
+from genkern.core._op import _transforming as transforming
+from genkern.ops.random import _random
+from genkern.ops.random._random import STREAM_VERSION
+
+__all__ = [
+    "STREAM_VERSION", "bernoulli", "bits", "draw_key", "exponential", "fold_in", "gumbel", "key", "logistic", "normal", "split",
+    "truncated_normal", "uniform",
+]  # fmt: skip
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# ---- keys
+
+
+def key(seed, *, device="cpu"):
+    """The key (seed, 0): int64 (2,). seed: any Python int, taken modulo 2^64."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"key: seed must be an int, got {type(seed).__name__}")
+    return torch.tensor([_signed(seed), 0], dtype=torch.int64, device=device)
+
+
+def split(key, n):
+    """n independent keys (n, 2) from one key (2,); split(key, n)[i] does not depend on n. From (N, 2): (N, n, 2)."""
+    _check_key("split", key)
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f"split: n must be a non-negative int, got {n!r}")
+    return _keys_at(key, torch.arange(n, device=key.device))
+
+
+def fold_in(key, data):
+    """The key that split(key, data + 1)[data] would give: one key (2,) per int, for example per training step."""
+    _check_key("fold_in", key)
+    if isinstance(data, torch.Tensor):
+        return _keys_at(key, data.reshape(1).to(torch.int64))[..., 0, :]
+    if isinstance(data, bool) or not isinstance(data, int) or data < 0:
+        raise ValueError(f"fold_in: data must be a non-negative int or an integer tensor, got {data!r}")
+    return _keys_at(key, torch.tensor([_signed(data)], device=key.device))[..., 0, :]
+
+
+def draw_key(generator=None, device="cpu"):
+    """A key (2,) drawn from a torch.Generator; by default from torch's default one of the device, so torch.manual_seed rules.
+
+    On CUDA the draw stays on the device: no synchronisation, and a captured graph draws anew at each replay.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        device = torch.device("cpu")
+    if torch.compiler.is_compiling():
+        if generator is not None:
+            raise ValueError("generator= works in eager mode only; under torch.compile pass key=")
+        return torch.ops.genkern._draw_key.default(device)
+    if generator is not None:
+        return torch.empty(2, dtype=torch.int64, device=generator.device).random_(generator=generator)
+    return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+# Opaque to torch.compile: Inductor would replace the draw by one of its own generator, with other values than eager mode.
+_library = torch.library.Library("genkern", "FRAGMENT")
+_library.define("_draw_key(Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
+_library.impl(
+    "_draw_key",
+    lambda device: torch.empty(2, dtype=torch.int64, device=device).random_(),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake(
+    "genkern::_draw_key", lambda device: torch.empty(2, dtype=torch.int64, device=device), lib=_library
+)
+
+
+def _signed(x):
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _keys_at(key, index):
+    low = _random.words(key, index)
+    return torch.stack([low[..., 1] << 32 | low[..., 0], low[..., 3] << 32 | low[..., 2]], -1)
+
+
+def _check_key(name, key):
+    if not isinstance(key, torch.Tensor):
+        raise TypeError(f"{name}: key must be an int64 tensor (2,) or (N, 2), such as genkern.random.key(seed), got {key!r}")
+    if key.dtype != torch.int64 or key.dim() not in (1, 2) or key.shape[-1] != 2:
+        raise ValueError(f"{name}: key must be int64 of shape (2,) or (N, 2), got {key.dtype} {tuple(key.shape)}")
+
+
+# ---- draws
+
+
+def bits(key, shape, *, dtype=torch.int32, device=None, out=None):
+    """Random bits. dtype int32 (one word a value) or int64 (two words, the first one high)."""
+    return _draw("bits", key, shape, dtype, device, out, (torch.int32, torch.int64))
+
+
+def uniform(key, shape, low=0.0, high=1.0, *, dtype=torch.float32, device=None, out=None):
+    """low + (high - low) u, u uniform on [0, 1): as many bits as the dtype holds (24; half 11, bfloat16 8, float64 53)."""
+    return _draw("uniform", key, shape, dtype, device, out, _FLOATS, high - low, low)
+
+
+def normal(key, shape, mean=0.0, std=1.0, *, dtype=torch.float32, device=None, out=None):
+    """mean + std n with n standard normal by Box-Muller (Box & Muller, 1958); in float32 |n| <= 6.77.
+
+    key int64 (2,) or (shape[0], 2) on the CPU or the device of the result; device defaults to the key's. `out`: a contiguous
+    tensor of that shape to fill instead of a new one.
+    """
+    return _draw("normal", key, shape, dtype, device, out, _FLOATS, std, mean)
+
+
+def bernoulli(key, p, shape=None, *, dtype=torch.float32, device=None, out=None):
+    """1 with probability p, else 0. p: a number (exact to 2^-32), or a tensor of probabilities whose shape is then the result's."""
+    if isinstance(p, torch.Tensor):
+        draws = uniform(key, p.shape, device=p.device if device is None else device) < p
+        return draws.to(dtype) if out is None else out.copy_(draws)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"bernoulli: p must be in [0, 1], got {p}")
+    if shape is None:
+        raise TypeError("bernoulli: shape is required where p is a number")
+    return _draw("bernoulli", key, shape, dtype, device, out, (*_FLOATS, torch.uint8, torch.bool), p)
+
+
+def exponential(key, shape, rate=1.0, *, dtype=torch.float32, device=None, out=None):
+    """-ln(u) / rate: density rate exp(-rate x)."""
+    if not rate > 0:
+        raise ValueError(f"exponential: rate must be positive, got {rate}")
+    return _draw("exponential", key, shape, dtype, device, out, _FLOATS, 1.0 / rate)
+
+
+def gumbel(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
+    """loc - scale ln(-ln u): argmax(logits + gumbel) draws from softmax(logits) (Gumbel, 1954)."""
+    return _draw("gumbel", key, shape, dtype, device, out, _FLOATS, scale, loc)
+
+
+def logistic(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
+    """loc + scale ln(u / (1 - u))."""
+    return _draw("logistic", key, shape, dtype, device, out, _FLOATS, scale, loc)
+
+
+def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, device=None, out=None):
+    """A standard normal conditioned on [low, high], by the inverse distribution function of a keyed uniform (no rejection).
+
+    sqrt(2) erfinv(y), y uniform between erf(low / sqrt 2) and erf(high / sqrt 2). Uses torch.erfinv: the same on all devices to a
+    few units in the last place, not bit for bit. Bounds beyond 5 (float32) or 8 (float64) act as those.
+    """
+    if not low < high:
+        raise ValueError(f"truncated_normal: low must be below high, got {low} and {high}")
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = 8.0 if work == torch.float64 else 5.0
+    a, b = (math.erf(max(-limit, min(limit, x)) / math.sqrt(2)) for x in (low, high))
+    y = uniform(key, shape, a, b, dtype=work, device=device)
+    x = (torch.erfinv(y) * math.sqrt(2)).clamp(low, high).to(dtype)
+    return x if out is None else out.copy_(x)
+
+
+def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
+    _check_key(name, key)
+    shape = torch.Size((shape,) if isinstance(shape, int) else shape)
+    if key.dim() == 2 and (not shape or shape[0] != key.shape[0]):
+        raise ValueError(f"{name}: {key.shape[0]} keys need a shape that starts with {key.shape[0]}, got {tuple(shape)}")
+    if out is None:
+        device = key.device if device is None else torch.device(device)
+        if dtype not in dtypes:
+            raise TypeError(f"{name}: dtype must be one of {dtypes}, got {dtype}")
+        if transforming():
+            return _random.draw(name, key, shape, dtype, a, b).to(device)
+        out = torch.empty(shape, dtype=dtype, device=device)
+        _random.FILL[name](_beside(key, out), out, a, b)
+        return out
+    if out.dtype not in dtypes or out.shape != shape or not out.is_contiguous():
+        raise ValueError(
+            f"{name}: out must be contiguous of shape {tuple(shape)} and one of {dtypes}, got {out.dtype} {tuple(out.shape)}"
+            + ("" if out.is_contiguous() else ", not contiguous")
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: out requires grad; draws have no gradient")
+    _random.FILL[name](_beside(key, out), out, a, b)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _beside(key, out):
+    """The key where the kernel can read it: one key on the CPU goes along as two numbers, everything else lies on out's device."""
+    if key.device != out.device and not (key.device.type == "cpu" and (key.dim() == 1 or out.device.type != "cuda")):
+        key = key.to(out.device if out.device.type in ("cpu", "cuda") else "cpu")
+    return key.contiguous()
