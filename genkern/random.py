@@ -38,7 +38,7 @@ def key(seed, *, device="cpu"):
 
 def split(key, n):
     """n independent keys (n, 2) from one key (2,); split(key, n)[i] does not depend on n. From (N, 2): (N, n, 2)."""
-    _check_key("split", key)
+    check_key("split", key)
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"split: n must be a non-negative int, got {n!r}")
     return _keys_at(key, torch.arange(n, device=key.device))
@@ -46,7 +46,7 @@ def split(key, n):
 
 def fold_in(key, data):
     """The key that split(key, data + 1)[data] would give: one key (2,) per int, for example per training step."""
-    _check_key("fold_in", key)
+    check_key("fold_in", key)
     if isinstance(data, torch.Tensor):
         return _keys_at(key, data.reshape(1).to(torch.int64))[..., 0, :]
     if isinstance(data, bool) or not isinstance(data, int) or data < 0:
@@ -93,7 +93,7 @@ def _keys_at(key, index):
     return torch.stack([low[..., 1] << 32 | low[..., 0], low[..., 3] << 32 | low[..., 2]], -1)
 
 
-def _check_key(name, key):
+def check_key(name, key):
     if not isinstance(key, torch.Tensor):
         raise TypeError(f"{name}: key must be an int64 tensor (2,) or (N, 2), such as genkern.random.key(seed), got {key!r}")
     if key.dtype != torch.int64 or key.dim() not in (1, 2) or key.shape[-1] != 2:
@@ -168,7 +168,7 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
 
 
 def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
-    _check_key(name, key)
+    check_key(name, key)
     shape = torch.Size((shape,) if isinstance(shape, int) else shape)
     if key.dim() == 2 and (not shape or shape[0] != key.shape[0]):
         raise ValueError(f"{name}: {key.shape[0]} keys need a shape that starts with {key.shape[0]}, got {tuple(shape)}")
@@ -179,7 +179,7 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
         if transforming():
             return _random.draw(name, key, shape, dtype, a, b).to(device)
         out = torch.empty(shape, dtype=dtype, device=device)
-        _random.FILL[name](_beside(key, out), out, a, b)
+        _random.FILL[name](beside(key, out), out, a, b)
         return out
     if out.dtype not in dtypes or out.shape != shape or not out.is_contiguous():
         raise ValueError(
@@ -188,12 +188,12 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: out requires grad; draws have no gradient")
-    _random.FILL[name](_beside(key, out), out, a, b)
+    _random.FILL[name](beside(key, out), out, a, b)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-def _beside(key, out):
+def beside(key, out):
     """The key where the kernel can read it: one key on the CPU goes along as two numbers, everything else lies on out's device."""
     if key.device != out.device and not (key.device.type == "cpu" and (key.dim() == 1 or out.device.type != "cuda")):
         key = key.to(out.device if out.device.type in ("cpu", "cuda") else "cpu")

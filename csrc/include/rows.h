@@ -147,15 +147,17 @@ template <class F>
 void run_rows(const F& f, RowShape shape, const Arrays<F::kInputs>& in, const Arrays<F::kRowInputs>& row_in,
               const Arrays<F::kOutputs>& out, const Arrays<F::kSums>& sum, const Tensor& like, const Keys& keys = {}) {
   RowJob<F> job{f, shape.rows, shape.width, {}, {}, {}, {}, keys};
-  bool is_double = false, one_row = F::kSums == 0 && F::kRowInputs == 0 && keys.stride == 0;
+  bool is_double = false, is_float = false, one_row = F::kSums == 0 && F::kRowInputs == 0 && keys.stride == 0;
   const auto take = [&](const Array& from, Array& to) {
     to = from;
     is_double |= from.storage == Storage::kDouble;
+    is_float |= from.storage == Storage::kFloat || from.storage == Storage::kHalf || from.storage == Storage::kBFloat16;
   };
   for (int i = 0; i < F::kInputs; i++) take(in[i], job.in[i]), one_row &= in[i].row_stride == shape.width;
   for (int i = 0; i < F::kOutputs; i++) take(out[i], job.out[i]), one_row &= out[i].row_stride == shape.width;
   for (int i = 0; i < F::kRowInputs; i++) take(row_in[i], job.row_in[i]);
   for (int i = 0; i < F::kSums; i++) take(sum[i], job.sum[i]);
+  STD_TORCH_CHECK(!(is_double && is_float), "float64 does not mix with narrower types");
   if (one_row) {  // nothing depends on the row: one long one
     job.width *= job.rows;
     job.rows = job.width ? 1 : 0;

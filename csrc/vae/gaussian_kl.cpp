@@ -14,7 +14,7 @@ Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTe
   Tensor kl = per_element ? empty_like_mu(mu, !log_var, type) : torch::stable::new_empty(mu, {n}, type);
   with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
     using F = GaussianKl<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, static_cast<float>(free_bits)};
+    const F f{{}, clamp, free_bits};
     const auto in = arrays_of<F::kInputs>(q, prior);
     if constexpr (element()) run_rows(f, q.shape(), in, {}, {Rows(kl).array()}, {}, mu);
     else run_rows(f, q.shape(), in, {}, {}, {per_row(kl)}, mu);
@@ -32,7 +32,7 @@ std::vector<Tensor> gaussian_kl_backward(Tensor grad, Tensor mu, MaybeTensor log
   if (prior) d_prior.emplace(*prior_mu, prior_log_var, &gradients);
   with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
     using F = GaussianKlBackward<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, static_cast<float>(free_bits)};
+    const F f{{}, clamp, free_bits};
     Arrays<F::kOutputs> out{d.mu(), d.log_var()};
     if constexpr (has_prior()) out[2] = d_prior->mu(), out[3] = d_prior->log_var();
     if constexpr (element()) {

@@ -8,12 +8,12 @@ namespace gk {
 // ---- clamps of (mu, log_var): value and derivative
 
 struct HardClamp {  // log_var to [low, high]; no clamp is (-inf, inf). The gradient is zero outside
-  float low, high;
+  double low, high;
   template <class V>
   GK_FN void operator()(V* mu, V* log_var, V* d_mu, V* d_log_var) const {
     const V raw = *log_var;
-    V v = raw < low ? splat<V>(low) : raw;  // this order of operands keeps NaN
-    v = v > high ? splat<V>(high) : v;
+    V v = raw < splat<V>(low) ? splat<V>(low) : raw;  // this order of operands keeps NaN
+    v = v > splat<V>(high) ? splat<V>(high) : v;
     *log_var = v;
     *d_mu = splat<V>(1);
     *d_log_var = raw == v ? splat<V>(1) : V{};
@@ -22,7 +22,6 @@ struct HardClamp {  // log_var to [low, high]; no clamp is (-inf, inf). The grad
 };
 
 struct SoftClamp {  // NVAE (Vahdat & Kautz, 2020): 5 tanh(x / 5) on the mean and on the log standard deviation
-  float low, high;
   template <class V>
   GK_FN void operator()(V* mu, V* log_var, V* d_mu, V* d_log_var) const {
     const V s = tanh(*mu * splat<V>(1.0 / 5)), t = tanh(*log_var * splat<V>(1.0 / 10));
@@ -107,12 +106,12 @@ struct GaussianKl {
   static constexpr int kInputs = kPrior ? 4 : 2, kRowInputs = 0, kOutputs = kPerElement, kSums = !kPerElement;
   NoNoise noise;
   Clamp clamp;
-  float free_bits;
+  double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V* out, V* term) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
     const V kl = Divergence<kPrior, V>(q.mu, q.log_var, in + 2).value();
-    *(kPerElement ? out : term) = kl < free_bits ? splat<V>(free_bits) : kl;
+    *(kPerElement ? out : term) = kl < splat<V>(free_bits) ? splat<V>(free_bits) : kl;
   }
 };
 
@@ -121,12 +120,12 @@ struct GaussianKlBackward {
   static constexpr int kInputs = (kPrior ? 4 : 2) + kPerElement, kRowInputs = !kPerElement, kOutputs = kPrior ? 4 : 2, kSums = 0;
   NoNoise noise;
   Clamp clamp;
-  float free_bits;
+  double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
     const Divergence<kPrior, V> kl(q.mu, q.log_var, in + 2);
-    const V grad = kPerElement ? in[kInputs - 1] : row[0], g = kl.value() < free_bits ? V{} : grad;
+    const V grad = kPerElement ? in[kInputs - 1] : row[0], g = kl.value() < splat<V>(free_bits) ? V{} : grad;
     out[0] = out[1] = V{};
     add_divergence_gradient(kl, g, out, out + 1, out + 2);
     out[0] = out[0] * q.d_mu;
@@ -139,13 +138,13 @@ struct ReparameterizeKl {
   static constexpr int kInputs = kPrior ? 4 : 2, kRowInputs = 0, kOutputs = 1 + kPerElement, kSums = !kPerElement;
   Normal noise;
   Clamp clamp;
-  float free_bits;
+  double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V eps, V* out, V* term) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
     out[0] = fma(exp(q.log_var * 0.5f), eps, q.mu);
     const V kl = Divergence<kPrior, V>(q.mu, q.log_var, in + 2).value();
-    *(kPerElement ? out + 1 : term) = kl < free_bits ? splat<V>(free_bits) : kl;
+    *(kPerElement ? out + 1 : term) = kl < splat<V>(free_bits) ? splat<V>(free_bits) : kl;
   }
 };
 
@@ -155,12 +154,12 @@ struct ReparameterizeKlBackward {
   static constexpr int kInputs = kGrad + 1 + kPerElement, kRowInputs = !kPerElement, kOutputs = kGrad, kSums = 0;
   Normal noise;
   Clamp clamp;
-  float free_bits;
+  double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
     const Divergence<kPrior, V> kl(q.mu, q.log_var, in + 2);
-    const V grad = kPerElement ? in[kGrad + 1] : row[0], g = kl.value() < free_bits ? V{} : grad;
+    const V grad = kPerElement ? in[kGrad + 1] : row[0], g = kl.value() < splat<V>(free_bits) ? V{} : grad;
     out[0] = in[kGrad];
     out[1] = in[kGrad] * exp(q.log_var * 0.5f) * eps * 0.5f;
     add_divergence_gradient(kl, g, out, out + 1, out + 2);
@@ -232,8 +231,7 @@ void with_types(double low, double high, bool soft, bool prior, bool per_element
     };
     prior ? with_prior(std::true_type{}) : with_prior(std::false_type{});
   };
-  const float l = static_cast<float>(low), h = static_cast<float>(high);
-  soft ? with_clamp(SoftClamp{l, h}) : with_clamp(HardClamp{l, h});
+  soft ? with_clamp(SoftClamp{}) : with_clamp(HardClamp{low, high});
 }
 
 template <int n, class... More>

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> reparameterize_kl(Tensor mu, MaybeTensor log_var, May
   Tensor kl = per_element ? empty_like_mu(mu, !log_var, sum_type(type)) : torch::stable::new_empty(mu, {n}, sum_type(type));
   with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
     using F = ReparameterizeKl<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, static_cast<float>(free_bits)};
+    const F f{{}, clamp, free_bits};
     const auto in = arrays_of<F::kInputs>(q, prior);
     if constexpr (element()) run_rows(f, q.shape(), in, {}, {Rows(z).array(), Rows(kl).array()}, {}, mu, keys_of(key));
     else run_rows(f, q.shape(), in, {}, {Rows(z).array()}, {per_row(kl)}, mu, keys_of(key));
@@ -62,7 +62,7 @@ std::vector<Tensor> reparameterize_kl_backward(Tensor grad_z, Tensor grad_kl, Te
   if (prior) d_prior.emplace(*prior_mu, prior_log_var, &gradients);
   with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
     using F = ReparameterizeKlBackward<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, static_cast<float>(free_bits)};
+    const F f{{}, clamp, free_bits};
     Arrays<F::kOutputs> out{d.mu(), d.log_var()};
     if constexpr (has_prior()) out[2] = d_prior->mu(), out[3] = d_prior->log_var();
     if constexpr (element()) {

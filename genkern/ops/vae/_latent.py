@@ -1,0 +1,134 @@
+"""What the ops on a diagonal Gaussian latent share: argument checks, the clamp and the divergence in plain torch."""
+
+import math
+
+import torch
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# ---- reference pieces
+
+
+def moments(mu, log_var):
+    """(mu, log_var) from two tensors, or from the two halves of one (N, 2C, ...) along dimension 1."""
+    return mu.chunk(2, 1) if log_var is None else (mu, log_var)
+
+
+def in_working_type(*tensors):
+    """float32 for narrower types, float64 where one is."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [t.to(dtype) for t in tensors]
+
+
+def clamped(mu, log_var, low, high, soft):
+    if soft:
+        return 5 * torch.tanh(mu / 5), 10 * torch.tanh(log_var / 10)
+    unbounded = low == -math.inf and high == math.inf
+    return mu, log_var if unbounded else log_var.clamp(low, high)
+
+
+def divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element):
+    """Equation 10 of Kingma & Welling (2014), for any diagonal Gaussian prior: 1/2 (q + e^d - 1 - d)."""
+    if prior_mu is None:
+        kl = 0.5 * (mu.square() + (torch.expm1(log_var) - log_var))
+    else:
+        prior_mu, prior_log_var = in_working_type(*moments(prior_mu, prior_log_var), mu)[:2]
+        d = log_var - prior_log_var
+        kl = 0.5 * ((mu - prior_mu).square() * torch.exp(-prior_log_var) + (torch.expm1(d) - d))
+    if free_bits > 0:
+        kl = kl.clamp(min=free_bits)
+    return kl if per_element else kl.flatten(1).sum(1)
+
+
+# ---- fakes
+
+
+def empty_like_mu(mu, log_var, dtype):
+    shape = list(mu.shape)
+    if log_var is None:
+        shape[1] = shape[1] // 2
+    return mu.new_empty(shape, dtype=dtype)
+
+
+def promoted(mu, log_var):
+    return mu.dtype if log_var is None else torch.promote_types(mu.dtype, log_var.dtype)
+
+
+def empty_kl(mu, log_var, per_element):
+    dtype = torch.float64 if promoted(mu, log_var) == torch.float64 else torch.float32
+    return empty_like_mu(mu, log_var, dtype) if per_element else mu.new_empty(mu.shape[0], dtype=dtype)
+
+
+# ---- argument checks
+
+
+def check_moments(op, mu, log_var, names=("mu", "log_var")):
+    """Raise in words a user understands unless (mu, log_var) is a pair of moments, or mu holds both halves."""
+    for name, x in zip(names, (mu, log_var), strict=True):
+        if x is None and name is names[1]:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{op}: {name} must be floating point (float32, float64, bfloat16, float16), got {x.dtype}")
+        if x.dim() == 0:
+            raise ValueError(f"{op}: {name} needs a batch dimension, got shape ()")
+    if log_var is None:
+        if mu.dim() < 2 or mu.shape[1] % 2:
+            raise ValueError(
+                f"{op}: without {names[1]}, {names[0]} must hold both moments as (N, 2C, ...), got {tuple(mu.shape)}"
+            )
+    elif log_var.shape != mu.shape:
+        raise ValueError(
+            f"{op}: {names[1]} must have the shape of {names[0]}, got {tuple(mu.shape)} and {tuple(log_var.shape)}"
+        )
+    elif log_var.device != mu.device:
+        raise ValueError(f"{op}: {names[1]} must be on the device of {names[0]}, got {mu.device} and {log_var.device}")
+
+
+def check_prior(op, mu, log_var, prior_mu, prior_log_var):
+    if prior_mu is None:
+        if prior_log_var is not None:
+            raise ValueError(f"{op}: prior_log_var was given without prior_mu")
+        return
+    check_moments(op, prior_mu, prior_log_var, ("prior_mu", "prior_log_var"))
+    shape, prior_shape = _shape(mu, log_var), _shape(prior_mu, prior_log_var)
+    if shape != prior_shape:
+        raise ValueError(f"{op}: the prior must have the shape of the posterior, got {shape} and {prior_shape}")
+    if prior_mu.device != mu.device:
+        raise ValueError(f"{op}: prior_mu must be on the device of mu, got {mu.device} and {prior_mu.device}")
+
+
+def _shape(mu, log_var):
+    return tuple(mu.shape) if log_var is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
+
+
+_UNBOUNDED = (-math.inf, math.inf, False)
+
+
+def check_clamp(op, clamp):
+    """(low, high, soft) of clamp=None | (low, high) | "soft5"."""
+    if clamp is None:
+        return _UNBOUNDED
+    if clamp == "soft5":
+        return (-math.inf, math.inf, True)
+    if isinstance(clamp, (tuple, list)) and len(clamp) == 2 and clamp[0] <= clamp[1]:
+        return (float(clamp[0]), float(clamp[1]), False)
+    raise ValueError(f'{op}: clamp must be None, (low, high) with low <= high, or "soft5", got {clamp!r}')
+
+
+def check_reduction(op, reduction, free_bits):
+    if reduction not in ("sample", "element", "total"):
+        raise ValueError(f'{op}: reduction must be "sample", "element" or "total", got {reduction!r}')
+    if not free_bits >= 0:
+        raise ValueError(f"{op}: free_bits must be at least 0 nats, got {free_bits}")
+    return reduction == "element"
+
+
+def same_precision(tensors):
+    """The tensors (or None), all float64 where one is: kernels mix narrower types, not float64."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return [None if t is None else t.double() for t in tensors]
+    return tensors
+

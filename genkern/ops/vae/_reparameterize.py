@@ -1,0 +1,106 @@
+"""reparameterize: a sample of a diagonal Gaussian latent with a gradient; reparameterize_kl: the same with its divergence."""
+
+import torch
+
+from genkern import random
+from genkern.core import Op
+from genkern.ops.vae import _latent
+
+
+def reparameterize(mu, log_var=None, *, key=None, generator=None, clamp=None):
+    """z = mu + exp(log_var / 2) eps with eps ~ N(0, 1) (Kingma & Welling, 2014, section 2.4), differentiable in mu and log_var.
+
+    mu, log_var     (N, ...) mean and log-variance (twice the log standard deviation); or log_var=None and mu (N, 2C, ...) holding
+                    both moments as halves of dimension 1, read in place
+    key             int64 (2,), or (N, 2) for one stream per sample, which then does not depend on its batch. The same key gives
+                    the same noise. None: drawn from `generator`, or from torch's default generator (torch.manual_seed). Under
+                    torch.func.vmap pass it
+    clamp           None; (low, high): log_var is clamped first, its gradient is zero outside; "soft5": 5 tanh(x / 5) on mu and on
+                    the log standard deviation (NVAE, Vahdat & Kautz, 2020)
+
+    float32, float64, bfloat16, float16, also mixed; computed in float32 (float64), returned in the promoted type with the shape of
+    the latent. TypeError, ValueError on anything else. The noise is regenerated in the backward pass: only the key is kept.
+    """
+    _latent.check_moments("reparameterize", mu, log_var)
+    low, high, soft = _latent.check_clamp("reparameterize", clamp)
+    key = _key("reparameterize", key, generator, mu)
+    mu, log_var = _latent.same_precision((mu, log_var))
+    return _reparameterize(mu, log_var, key, low, high, soft)
+
+
+def reparameterize_kl(
+    mu,
+    log_var=None,
+    prior_mu=None,
+    prior_log_var=None,
+    *,
+    key=None,
+    generator=None,
+    clamp=None,
+    free_bits=0.0,
+    reduction="sample",
+):
+    """(z, kl) = (reparameterize(mu, log_var), gaussian_kl(mu, log_var, prior_mu, prior_log_var)) in one pass over memory.
+
+    Arguments, types and errors as in those two; z has the promoted type of mu and log_var, kl is float32 (float64 if an input is).
+    """
+    _latent.check_moments("reparameterize_kl", mu, log_var)
+    _latent.check_prior("reparameterize_kl", mu, log_var, prior_mu, prior_log_var)
+    low, high, soft = _latent.check_clamp("reparameterize_kl", clamp)
+    per_element = _latent.check_reduction("reparameterize_kl", reduction, free_bits)
+    key = _key("reparameterize_kl", key, generator, mu)
+    tensors = _latent.same_precision((mu, log_var, prior_mu, prior_log_var))
+    z, kl = _reparameterize_kl(*tensors, key, low, high, soft, float(free_bits), per_element)
+    return z, kl.sum() if reduction == "total" else kl
+
+
+def _key(op, key, generator, mu):
+    if key is None:
+        return random.draw_key(generator, mu.device)
+    if generator is not None:
+        raise ValueError(f"{op}: give key or generator, not both")
+    random.check_key(op, key)
+    if key.dim() == 2 and key.shape[0] != mu.shape[0]:
+        raise ValueError(f"{op}: one key per sample needs key ({mu.shape[0]}, 2), got {tuple(key.shape)}")
+    return random.beside(key, mu)
+
+
+def _sample(mu, log_var, key):
+    eps = random.normal(key, mu.shape, dtype=mu.dtype, device=mu.device)
+    return mu + torch.exp(0.5 * log_var) * eps
+
+
+def _reference(mu, log_var, key, low, high, soft):
+    mu, log_var = _latent.moments(mu, log_var)
+    dtype = torch.promote_types(mu.dtype, log_var.dtype)
+    mu, log_var = _latent.clamped(*_latent.in_working_type(mu, log_var), low, high, soft)
+    return _sample(mu, log_var, key).to(dtype)
+
+
+def _reference_kl(mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, per_element):
+    mu, log_var = _latent.moments(mu, log_var)
+    dtype = torch.promote_types(mu.dtype, log_var.dtype)
+    mu, log_var = _latent.clamped(*_latent.in_working_type(mu, log_var), low, high, soft)
+    kl = _latent.divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element)
+    return _sample(mu, log_var, key).to(dtype), kl
+
+
+_reparameterize = Op(
+    "reparameterize",
+    "(Tensor mu, Tensor? log_var, Tensor key, float low, float high, bool soft) -> Tensor",
+    reference=_reference,
+    fake=lambda mu, log_var, key, low, high, soft: _latent.empty_like_mu(mu, log_var, _latent.promoted(mu, log_var)),
+    differentiable=("mu", "log_var"),
+)
+
+_reparameterize_kl = Op(
+    "reparameterize_kl",
+    "(Tensor mu, Tensor? log_var, Tensor? prior_mu, Tensor? prior_log_var, Tensor key, float low, float high, bool soft, "
+    "float free_bits, bool per_element) -> (Tensor, Tensor)",
+    reference=_reference_kl,
+    fake=lambda mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, per_element: (
+        _latent.empty_like_mu(mu, log_var, _latent.promoted(mu, log_var)),
+        _latent.empty_kl(mu, log_var, per_element),
+    ),
+    differentiable=("mu", "log_var", "prior_mu", "prior_log_var"),
+)
