@@ -179,9 +179,8 @@ class Op:
 
             @staticmethod
             def backward(ctx, *grads):
-                args = ctx.rest
-                for i, tensor in zip(op._tensors, ctx.saved_tensors, strict=True):
-                    args[i] = tensor
+                tensors = dict(zip(op._tensors, ctx.saved_tensors, strict=True))
+                args = [tensors.get(i, a) for i, a in enumerate(ctx.rest)]
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
                     got = op._differentiate_reference(args, grads)
                 else:
