@@ -1,143 +1,207 @@
 """Builds the compiled parts with CMake, each on its own, and records what was built and why a part is missing.
 
-GENKERN_BUILD     auto (default) | none | cpu | cpu,cuda      what to try
-GENKERN_REQUIRE   cpu | cpu,cuda                              fail the install without these
-GENKERN_TORCH_DIR, GENKERN_CUDA_ARCHS ("90-real;120"), CXX, CUDACXX, MAX_JOBS
+GENKERN_BUILD       auto (default) | none | parts such as cpu | cpu,cuda | cpu,emulated      what to try
+GENKERN_REQUIRE     cpu | cpu,cuda         fail the install without these (cpu: every instruction set of this machine type)
+GENKERN_TORCH_DIR   the torch to read headers from (the package folder); default: the one of the target environment
+GENKERN_CUDA_ARCHS  such as "90-real;120"; default: the visible GPU, else every architecture of CMakeLists.txt
+GENKERN_SANITIZE    such as address,undefined, for the torch-facing parts
+CXX, CUDACXX, MAX_JOBS
 """
 
+import datetime
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import pathlib
 import platform
+import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-MEND = "pip install --no-build-isolation --no-deps --force-reinstall genkern  (from a checkout: python -m genkern build)"
+sys.path.insert(0, str(ROOT))
+from build_backend import find_compiler, find_torch, torch_version  # noqa: E402
+
+AGAIN = "python -m genkern build"
+X86 = platform.machine() in ("x86_64", "AMD64")
+CPU_PARTS = ["cpu_base", *(["cpu_avx2", "cpu_avx512"] if X86 else [])]
 
 
-def find_torch():
-    """torch's directory without importing it: pip's isolated build hides site-packages from sys.path, not from sysconfig."""
-    named = os.environ.get("GENKERN_TORCH_DIR")
-    if named:
-        candidates = [(named, "GENKERN_TORCH_DIR")]
-    else:
-        spec = importlib.util.find_spec("torch")
-        candidates = [(os.path.dirname(spec.origin), "sys.path")] if spec and spec.origin else []
-        candidates += [(os.path.join(sysconfig.get_path(k), "torch"), f"sysconfig {k}") for k in ("purelib", "platlib")]
-    for directory, how in candidates:
-        if (pathlib.Path(directory) / "include/torch/csrc/stable/library.h").exists():
-            return pathlib.Path(directory), how
-    return None, None
-
-
-def source_hash():
-    digest = hashlib.sha256()
-    for file in sorted([ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+class CannotBuild(Exception):
+    def __init__(self, why, mend=AGAIN):
+        super().__init__(why)
+        self.why, self.mend = why, mend
 
 
 def run(command):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
-        raise RuntimeError(done.stdout[-1500:])
+        errors = re.search(r"^.*(\berror:|CMake Error)", done.stdout, re.MULTILINE)  # not the warnings before it
+        text = done.stdout[errors.start() :] if errors else done.stdout
+        raise CannotBuild(text[:2000].strip() or f"{command[0]} failed")
+    return done.stdout
 
 
-def visible_gpu_archs():
+def tool(module, name):
+    """A build tool: the one of its wheel if that is installed here, else the one on PATH, else None."""
+    if importlib.util.find_spec(module):
+        found = getattr(importlib.import_module(module), {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[module], "")
+        if shutil.which(name, path=found):
+            return shutil.which(name, path=found)
+    return shutil.which(name)
+
+
+def first_line(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split("\n")[0]
+
+
+def cuda_architectures(nvcc):
+    """What to compile for: GENKERN_CUDA_ARCHS, else the visible GPUs, else "" (the default of CMakeLists.txt)."""
+    if os.environ.get("GENKERN_CUDA_ARCHS"):
+        return os.environ["GENKERN_CUDA_ARCHS"]
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return ";".join(sorted({line.strip().replace(".", "") for line in found.stdout.split()})) if found.returncode == 0 else ""
+    visible = set(re.findall(r"^(\d+)\.(\d)$", found, re.MULTILINE))
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    return ";".join(sorted({major + minor for major, minor in visible} & set(re.findall(r"compute_(\d+)$", known, re.MULTILINE))))
 
 
 class Build(build_ext):
     def run(self):
-        self.info = {"built_at": time.strftime("%Y-%m-%d %H:%M:%S"), "python": platform.python_version(),
-                     "source_hash": source_hash(), "parts": {}}  # fmt: skip
         in_place = self.inplace or getattr(self, "editable_mode", False)
         self.out = (ROOT if in_place else pathlib.Path(self.build_lib).resolve()) / "genkern"
         self.out.mkdir(parents=True, exist_ok=True)
+        (ROOT / "build").mkdir(exist_ok=True)
+        self.info = {
+            "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "source_hash": runpy.run_path(str(ROOT / "genkern/core/_build_info.py"))["source_hash"](ROOT),
+            "parts": {},
+        }
         wanted = os.environ.get("GENKERN_BUILD", "auto").split(",")
-        sets = ("base", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("base",)
-        parts = [*(f"cpu_{s}" for s in sets), "host", "cuda"]
-        try:
-            targets = self.configure(wanted)
-        except Exception as error:
-            targets = {part: str(error) for part in parts}
-        for part in parts:
-            self.build_part(part, targets.get(part))
-        for part in filter(None, os.environ.get("GENKERN_REQUIRE", "").split(",")):
-            missing = {p: i["why"] for p, i in self.info["parts"].items() if p.split("_")[0] == part and not i["built"]}
-            if missing:
-                raise SystemExit(f"genkern: GENKERN_REQUIRE={part}, but it was not built: {missing}")
-        (self.out / "_build_info.json").write_text(json.dumps(self.info, indent=1))
+        with open(ROOT / "build/lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two installs from one checkout take turns
+            self.build_group(CPU_PARTS, wanted, self.configure_torch_parts)
+            self.build_group(["host"], wanted, self.configure_host)
+            self.build_group(["cuda"], wanted, self.configure_cuda)
+            if "emulated" in wanted:
+                self.build_group(["emulated"], wanted, self.configure_torch_parts)
         for part, outcome in self.info["parts"].items():
-            print(f"genkern: {part}: " + (f"built in {outcome['seconds']} s" if outcome["built"] else outcome["why"][-300:]))
+            print(f"genkern: {part}: " + (f"built in {outcome['seconds']} s" if outcome["built"] else outcome["why"]))
+        temporary = self.out / "_build_info.json.new"
+        temporary.write_text(json.dumps(self.info, indent=1) + "\n")
+        temporary.replace(self.out / "_build_info.json")
+        required = [part for part in os.environ.get("GENKERN_REQUIRE", "").split(",") if part]
+        for name, outcome in self.info["parts"].items():
+            if not outcome["built"] and (name in required or name.split("_")[0] in required):
+                raise SystemExit(f"genkern: GENKERN_REQUIRE={','.join(required)}, but {name} was not built: {outcome['why']}\n"
+                                 f"mend: {outcome['mend']}")  # fmt: skip
 
-    def configure(self, wanted):
-        """Configure once; {part: None if it can be tried, else why not}."""
-        if wanted == ["none"]:
-            raise RuntimeError("GENKERN_BUILD=none")
-        if sys.platform != "linux":
-            raise RuntimeError(f"compiled parts are built on Linux only, this is {sys.platform}")
-        torch_dir, found_by = find_torch()
-        if torch_dir is None:
-            raise RuntimeError("no torch >= 2.11 with headers was found; install torch first, then build again")
-        version = {}
-        exec((torch_dir / "version.py").read_text(), version)
-        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
-        compiler = shutil.which(os.environ.get("CXX") or "c++") or (not os.environ.get("CXX") and shutil.which("g++"))
-        nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
-        if not cmake:
-            raise RuntimeError("cmake was not found")
-        if not compiler:
-            raise RuntimeError(f"no C++ compiler was found (CXX={os.environ.get('CXX', '')})")
-        self.info.update(torch_headers=version["__version__"], torch_found_by=found_by, compiler=compiler, nvcc=nvcc or "")
-        cuda_why = None
-        if wanted == ["auto"] and not version.get("cuda"):
-            cuda_why = "this torch has no CUDA (GENKERN_BUILD=cpu,cuda builds it all the same)"
-        elif wanted != ["auto"] and "cuda" not in wanted:
-            cuda_why = f"GENKERN_BUILD={','.join(wanted)}"
-        elif not nvcc:
-            cuda_why = "nvcc was not found"
-        archs = os.environ.get("GENKERN_CUDA_ARCHS") or visible_gpu_archs()
-        self.build_dir = pathlib.Path(self.build_temp).resolve()
-        command = [cmake, "-S", str(ROOT), "-B", str(self.build_dir), f"-DGENKERN_TORCH_DIR={torch_dir}",
-                   f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler}"]  # fmt: skip
-        command += [f"-DGENKERN_CUDA={'OFF' if cuda_why else 'ON'}"]
-        command += [f"-DCMAKE_CUDA_ARCHITECTURES={archs}"] if archs and not cuda_why else []
-        command += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-        pybind = importlib.util.find_spec("pybind11")
-        command += [f"-Dpybind11_DIR={pathlib.Path(pybind.origin).parent / 'share/cmake/pybind11'}"] if pybind else []
-        self.info["cuda_archs"] = "" if cuda_why else archs or "default"
-        run(command)
-        return {"cuda": cuda_why}
+    def build_group(self, parts, wanted, configure):
+        """Parts that share one CMake configuration; whatever goes wrong is recorded, and stops nothing else."""
+        try:
+            if sys.platform != "linux":
+                raise CannotBuild(f"compiled parts are built on Linux only, this is {sys.platform}", "use Linux; here the references run")
+            asked = {"auto", parts[0].split("_")[0]} & set(wanted) or (parts == ["host"] and wanted != ["none"])
+            if not asked:
+                raise CannotBuild(f"GENKERN_BUILD={','.join(wanted)}", f"env -u GENKERN_BUILD {AGAIN}")
+            build_dir = configure(automatic=wanted == ["auto"])
+        except CannotBuild as error:
+            for part in parts:
+                self.record(part, error=error)
+        else:
+            for part in parts:
+                self.build_part(part, build_dir)
 
-    def build_part(self, part, why_not):
+    def build_part(self, part, build_dir):
         target = "_host" if part == "host" else f"_C_{part}"
-        start = time.time()
-        if why_not is None:
-            try:
-                run(["cmake", "--build", str(self.build_dir), "--target", target, "-j", os.environ.get("MAX_JOBS", "2")])
-                for library in self.build_dir.glob(f"{target}*.so"):
-                    shutil.copy2(library, self.out / library.name)
-            except Exception as error:
-                why_not = str(error)
-        outcome = {"built": why_not is None, "seconds": round(time.time() - start, 1)}
-        if why_not is not None:
-            outcome.update(why=why_not, mend=MEND)
-        self.info["parts"][part] = outcome
+        start = time.monotonic()
+        try:
+            run([tool("cmake", "cmake"), "--build", build_dir, "--target", target, "-j", os.environ.get("MAX_JOBS") or str(os.cpu_count())])
+            (library,) = pathlib.Path(build_dir).glob(f"{target}*.so")
+        except CannotBuild as error:
+            self.record(part, error=error)
+            return
+        temporary = self.out / (library.name + ".new")
+        shutil.copy2(library, temporary)
+        temporary.replace(self.out / library.name)  # a process that runs the old library keeps it
+        self.record(part, seconds=round(time.monotonic() - start, 1), flags=self.flags(build_dir, target))
+
+    def record(self, part, error=None, **details):
+        if error:
+            for old in self.out.glob("_host*.so" if part == "host" else f"_C_{part}.so"):
+                old.unlink()
+        self.info["parts"][part] = {"built": False, "why": error.why, "mend": error.mend} if error else {"built": True, **details}
+
+    def configure_torch_parts(self, automatic):
+        directory, how = find_torch()
+        if directory is None:
+            raise CannotBuild(f"no torch >= 2.11 with headers was found ({how})", f"pip install 'torch>=2.11' && {AGAIN}")
+        version, self.torch_cuda = torch_version(directory)
+        self.info.update(torch_headers=version, torch_found_in=how)
+        options = [f"-DGENKERN_TORCH_DIR={directory}", "-DGENKERN_HOST=OFF", "-DGENKERN_EMULATED=ON"]
+        return self.configure(*options, f"-DGENKERN_SANITIZE={os.environ.get('GENKERN_SANITIZE', '')}")
+
+    def configure_host(self, automatic):
+        pybind11 = importlib.util.find_spec("pybind11")
+        if not pybind11:
+            raise CannotBuild("pybind11 is not installed", f"pip install 'pybind11>=2.13' && {AGAIN}")
+        folder = pathlib.Path(pybind11.origin).parent / "share/cmake/pybind11"
+        return self.configure(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={folder}")
+
+    def configure_cuda(self, automatic):
+        nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+        if not nvcc:
+            named = os.environ.get("CUDACXX")
+            why = f"CUDACXX={named} cannot be run" if named else "nvcc was not found"
+            raise CannotBuild(why, f"install the CUDA toolkit, or name its compiler: CUDACXX=/usr/local/cuda/bin/nvcc {AGAIN}")
+        directory, how = find_torch()
+        if directory is None:
+            raise CannotBuild(f"no torch >= 2.11 with headers was found ({how})", f"pip install 'torch>=2.11' && {AGAIN}")
+        if automatic and torch_version(directory)[1] is None:
+            raise CannotBuild("this torch is built without CUDA", f"GENKERN_BUILD=cpu,cuda {AGAIN}")
+        archs = cuda_architectures(nvcc)
+        self.info.update(nvcc=first_line(nvcc, "--version").strip(), cuda_archs=archs or "default")
+        options = [f"-DGENKERN_TORCH_DIR={directory}", "-DGENKERN_HOST=OFF", "-DGENKERN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        return self.configure(*options, *([f"-DCMAKE_CUDA_ARCHITECTURES={archs}"] if archs else []))
+
+    def configure(self, *options):
+        """Configure CMake in a folder of its own per set of options, so that a second build compiles only what changed."""
+        compiler, cmake, ninja = find_compiler(), tool("cmake", "cmake"), tool("ninja", "ninja")
+        if not compiler:
+            named = os.environ.get("CXX")
+            why = f"CXX={named} cannot be run" if named else "no C++ compiler was found"
+            raise CannotBuild(why, f"install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) && {AGAIN}")
+        if not cmake or not ninja:
+            raise CannotBuild(f"{'ninja' if cmake else 'cmake'} was not found", f"pip install cmake ninja pybind11 && {AGAIN}")
+        self.info.update(compiler=f"{compiler}: {first_line(compiler, '--version')}")
+        key = hashlib.sha256(repr((options, os.environ.get("CXX"), os.environ.get("CXXFLAGS"), compiler)).encode()).hexdigest()[:8]
+        build_dir = str(ROOT / "build" / f"cmake-{key}")
+        command = [cmake, "-S", str(ROOT), "-B", build_dir, "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options]
+        if not os.environ.get("CXX"):
+            command.append(f"-DCMAKE_CXX_COMPILER={compiler}")
+        run(command)
+        return build_dir
+
+    @staticmethod
+    def flags(build_dir, target):
+        """The flags CMake really used for a target, from the first of its compile commands."""
+        commands = json.loads(pathlib.Path(build_dir, "compile_commands.json").read_text())
+        used = next(shlex.split(c["command"]) for c in commands if f"CMakeFiles/{target}.dir/" in c["command"])
+        return " ".join(f for f in used[1:] if f.startswith("-") and not f.startswith(("-I", "-o", "-c", "-isystem")))
 
     def get_source_files(self):
         return []

@@ -1,9 +1,8 @@
 // Draws from the keyed stream into `out`: out = value * scale + shift (bits: the words themselves).
 #include "rows.h"
 
+namespace gk {
 namespace {
-
-using namespace gk;
 
 template <class Distribution>
 struct Draw {
@@ -77,3 +76,5 @@ GENKERN_LIBRARY(m) {
   m.impl("_random_gumbel", TORCH_BOX(&draw_scaled<Gumbel>));
   m.impl("_random_logistic", TORCH_BOX(&draw_scaled<Logistic>));
 }
+
+}  // namespace gk

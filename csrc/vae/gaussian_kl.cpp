@@ -1,9 +1,8 @@
 // gaussian_kl: KL(N(mu, e^log_var) || N(prior_mu, e^prior_log_var)) per sample or per element.
 #include "latent.h"
 
+namespace gk {
 namespace {
-
-using namespace gk;
 
 Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTensor prior_log_var, double low, double high, bool soft,
                    double free_bits, bool per_element) {
@@ -51,3 +50,5 @@ GENKERN_LIBRARY(m) {
   m.impl("_gaussian_kl", TORCH_BOX(&gaussian_kl));
   m.impl("_gaussian_kl_backward", TORCH_BOX(&gaussian_kl_backward));
 }
+
+}  // namespace gk

@@ -2,9 +2,8 @@
 // comes from the key in registers, in both directions, and is never stored.
 #include "latent.h"
 
+namespace gk {
 namespace {
-
-using namespace gk;
 
 // ---- reparameterize
 
@@ -85,3 +84,5 @@ GENKERN_LIBRARY(m) {
   m.impl("_reparameterize_kl", TORCH_BOX(&reparameterize_kl));
   m.impl("_reparameterize_kl_backward", TORCH_BOX(&reparameterize_kl_backward));
 }
+
+}  // namespace gk
