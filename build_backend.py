@@ -1,9 +1,9 @@
 """setuptools' build backend, which asks for a torch to read headers from only where none is found.
 
-Only headers are read and one binary fits torch 2.11 and later, so any torch that can be seen will do, whichever flavour. pip and uv
-build in an environment of their own: pip's still tells where the target environment lies; uv's does not, but an activated or
-project environment does. Where there is none (an empty environment) "torch>=2.11" joins the build requirements: it is the
-wheel that the runtime dependency asks for anyway, so the client's cache holds it and nothing is downloaded twice.
+Only headers are read and one binary fits torch 2.11 and later, so any torch that can be seen will do, whichever flavour. pip
+and uv build in an environment of their own: pip's still tells where the target environment lies; uv's does not, but an activated
+or project environment does. Where there is none (an empty environment) "torch>=2.11" joins the build requirements: the wheel that
+the runtime dependency asks for anyway, so the client's cache holds it and nothing is downloaded twice.
 GENKERN_BUILD=none, no C++ compiler, or a system other than Linux: nothing to compile, so nothing is asked for.
 """
 
@@ -48,7 +48,7 @@ def _site_folders():
 
 
 def torch_version(folder):
-    """(version, CUDA version or None) of the torch package in a folder, read without importing it; None if it is too old to build on."""
+    """(version, CUDA version or None) of the torch package in a folder, without importing it; None if none fit to build on."""
     folder = pathlib.Path(folder)
     if not (folder / "include/torch/csrc/stable/library.h").exists() or not (folder / "version.py").exists():
         return None

@@ -11,6 +11,7 @@ CXX, CUDACXX, MAX_JOBS
 import datetime
 import fcntl
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -51,17 +52,17 @@ def run(command):
     return done.stdout
 
 
-def tool(module, name):
-    """A build tool: the one of its wheel if that is installed here, else the one on PATH, else None."""
-    if importlib.util.find_spec(module):
-        found = getattr(importlib.import_module(module), {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[module], "")
-        if shutil.which(name, path=found):
-            return shutil.which(name, path=found)
-    return shutil.which(name)
+def find_tool(name):
+    """cmake or ninja: of the wheel, if that is installed here, else of the system, else None."""
+    wheel = importlib.import_module(name) if importlib.util.find_spec(name) else None
+    folder = getattr(wheel, "CMAKE_BIN_DIR", None) or getattr(wheel, "BIN_DIR", None)
+    return folder and shutil.which(name, path=folder) or shutil.which(name)
 
 
-def first_line(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split("\n")[0]
+def release(compiler):
+    """The line of `compiler --version` that names the version."""
+    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")
+    return next((line for line in lines if "release" in line), lines[0]).strip()
 
 
 def cuda_architectures(nvcc):
@@ -73,9 +74,9 @@ def cuda_architectures(nvcc):
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-    visible = set(re.findall(r"^(\d+)\.(\d)$", found, re.MULTILINE))
+    visible = {major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", found, re.MULTILINE)}
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
-    return ";".join(sorted({major + minor for major, minor in visible} & set(re.findall(r"compute_(\d+)$", known, re.MULTILINE))))
+    return ";".join(sorted(visible & set(re.findall(r"compute_(\d+)$", known, re.MULTILINE))))
 
 
 class Build(build_ext):
@@ -114,7 +115,7 @@ class Build(build_ext):
         """Parts that share one CMake configuration; whatever goes wrong is recorded, and stops nothing else."""
         try:
             if sys.platform != "linux":
-                raise CannotBuild(f"compiled parts are built on Linux only, this is {sys.platform}", "use Linux; here the references run")
+                raise CannotBuild(f"compiled parts are built on Linux only, this is {sys.platform}", "none, the references run")
             asked = {"auto", parts[0].split("_")[0]} & set(wanted) or (parts == ["host"] and wanted != ["none"])
             if not asked:
                 raise CannotBuild(f"GENKERN_BUILD={','.join(wanted)}", f"env -u GENKERN_BUILD {AGAIN}")
@@ -130,7 +131,8 @@ class Build(build_ext):
         target = "_host" if part == "host" else f"_C_{part}"
         start = time.monotonic()
         try:
-            run([tool("cmake", "cmake"), "--build", build_dir, "--target", target, "-j", os.environ.get("MAX_JOBS") or str(os.cpu_count())])
+            jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+            run([find_tool("cmake"), "--build", build_dir, "--target", target, "-j", jobs])
             (library,) = pathlib.Path(build_dir).glob(f"{target}*.so")
         except CannotBuild as error:
             self.record(part, error=error)
@@ -144,7 +146,8 @@ class Build(build_ext):
         if error:
             for old in self.out.glob("_host*.so" if part == "host" else f"_C_{part}.so"):
                 old.unlink()
-        self.info["parts"][part] = {"built": False, "why": error.why, "mend": error.mend} if error else {"built": True, **details}
+            details = {"why": error.why, "mend": error.mend}
+        self.info["parts"][part] = {"built": error is None, **details}
 
     def configure_torch_parts(self, automatic):
         directory, how = find_torch()
@@ -174,22 +177,23 @@ class Build(build_ext):
         if automatic and torch_version(directory)[1] is None:
             raise CannotBuild("this torch is built without CUDA", f"GENKERN_BUILD=cpu,cuda {AGAIN}")
         archs = cuda_architectures(nvcc)
-        self.info.update(nvcc=first_line(nvcc, "--version").strip(), cuda_archs=archs or "default")
-        options = [f"-DGENKERN_TORCH_DIR={directory}", "-DGENKERN_HOST=OFF", "-DGENKERN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-        return self.configure(*options, *([f"-DCMAKE_CUDA_ARCHITECTURES={archs}"] if archs else []))
+        self.info.update(nvcc=f"{nvcc}: {release(nvcc)}", cuda_archs=archs or "default")
+        options = [f"-DGENKERN_TORCH_DIR={directory}", "-DGENKERN_HOST=OFF", "-DGENKERN_CUDA=ON"]
+        options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", *([f"-DCMAKE_CUDA_ARCHITECTURES={archs}"] if archs else [])]
+        return self.configure(*options)
 
     def configure(self, *options):
         """Configure CMake in a folder of its own per set of options, so that a second build compiles only what changed."""
-        compiler, cmake, ninja = find_compiler(), tool("cmake", "cmake"), tool("ninja", "ninja")
+        compiler, cmake, ninja = find_compiler(), find_tool("cmake"), find_tool("ninja")
         if not compiler:
             named = os.environ.get("CXX")
             why = f"CXX={named} cannot be run" if named else "no C++ compiler was found"
             raise CannotBuild(why, f"install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) && {AGAIN}")
         if not cmake or not ninja:
             raise CannotBuild(f"{'ninja' if cmake else 'cmake'} was not found", f"pip install cmake ninja pybind11 && {AGAIN}")
-        self.info.update(compiler=f"{compiler}: {first_line(compiler, '--version')}")
-        key = hashlib.sha256(repr((options, os.environ.get("CXX"), os.environ.get("CXXFLAGS"), compiler)).encode()).hexdigest()[:8]
-        build_dir = str(ROOT / "build" / f"cmake-{key}")
+        self.info.update(compiler=f"{compiler}: {release(compiler)}")
+        key = repr((options, compiler, os.environ.get("CXX"), os.environ.get("CXXFLAGS")))
+        build_dir = str(ROOT / "build" / f"cmake-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
         command = [cmake, "-S", str(ROOT), "-B", build_dir, "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options]
         if not os.environ.get("CXX"):
             command.append(f"-DCMAKE_CXX_COMPILER={compiler}")

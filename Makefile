@@ -1,0 +1,43 @@
+# make test | make bench on a bare machine (python3 with venv, a C++ compiler): everything else is set up in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BUILD_TOOLS = "setuptools>=77" cmake ninja "pybind11>=2.13"
+python = $(VENV)/bin/python
+native = setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.PHONY: test bench wheel check-abi format lint
+
+test: $(VENV)/built
+	$(python) -m pytest
+
+bench: $(VENV)/built
+	$(python) -m bench
+
+$(VENV)/ready: pyproject.toml
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+	$(python) -m pip install $(BUILD_TOOLS) "$(TORCH)"
+	GENKERN_BUILD=none $(python) -m pip install --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+$(VENV)/built: $(VENV)/ready $(native)
+	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# One wheel per Python version, since the host module is built for one; the torch-facing libraries inside are the same.
+wheel: $(VENV)/ready
+	GENKERN_REQUIRE=cpu $(python) -m pip wheel --no-build-isolation --no-deps -w dist .
+	$(python) tools/manylinux.py dist/genkern-*-linux_*.whl
+
+# The one binary on the oldest and the newest torch: scratch environments of several gigabytes, so on demand only.
+ABI_TORCHES ?= 2.11.0 2.15.0
+check-abi: wheel
+	sh tools/check_abi.sh $(python) $(ABI_TORCHES)
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
