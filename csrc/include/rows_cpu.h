@@ -151,8 +151,9 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
 template <class S, class F>
 void drive_rows(const RowJob<F>& job, const Tensor&) {
   constexpr int kSums = F::kSums;
-  const int64_t tiles = std::max<int64_t>(1, (job.width + kTile - 1) / kTile);  // per row
-  const int64_t rows_per_unit = std::max<int64_t>(1, kTile / std::max<int64_t>(1, job.width));
+  constexpr int64_t tile = sizeof(S) == 8 ? kTile / 16 : kTile;  // nothing wider continues a double total: sum in two levels
+  const int64_t tiles = std::max<int64_t>(1, (job.width + tile - 1) / tile);  // per row
+  const int64_t rows_per_unit = std::max<int64_t>(1, tile / std::max<int64_t>(1, job.width));
   const int64_t units = tiles > 1 ? job.rows * tiles : (job.rows + rows_per_unit - 1) / rows_per_unit;
   std::vector<double> partial(kSums && tiles > 1 ? static_cast<size_t>(units * kSums) : 0);
   torch::stable::parallel_for(0, units, 16, [&](int64_t begin, int64_t end) {
@@ -161,9 +162,9 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
     double sums[kSums + 1];
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t row0 = tiles > 1 ? unit / tiles : unit * rows_per_unit;
-      const int64_t column = tiles > 1 ? unit % tiles * kTile : 0;
+      const int64_t column = tiles > 1 ? unit % tiles * tile : 0;
       const int64_t rows = tiles > 1 ? 1 : std::min(rows_per_unit, job.rows - row0);
-      const int64_t n = std::min(kTile, job.width - column);
+      const int64_t n = std::min(tile, job.width - column);
       const S* noise = noise_buffer;
       if constexpr (has_noise<F>)
         if (job.keys.stride == 0)
@@ -186,7 +187,7 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
   for (int64_t row = 0; row < job.rows; row++)
     for (int k = 0; k < kSums; k++) {
       double total = 0;
-      for (int64_t tile = 0; tile < tiles; tile++) total += partial[(row * tiles + tile) * kSums + k];
+      for (int64_t t = 0; t < tiles; t++) total += partial[(row * tiles + t) * kSums + k];
       write_sum(job.sum[k], row, total);
     }
 }

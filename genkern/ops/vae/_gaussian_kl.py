@@ -1,7 +1,10 @@
 """gaussian_kl: the divergence of a diagonal Gaussian from a standard or a learned Gaussian prior."""
 
+import math
+
 from genkern.core import Op
 from genkern.ops.vae import _latent
+from genkern.testing._case import Case
 
 
 def gaussian_kl(mu, log_var=None, prior_mu=None, prior_log_var=None, *, clamp=None, free_bits=0.0, reduction="sample"):
@@ -47,4 +50,27 @@ _op = Op(
         mu, log_var, per_element
     ),
     differentiable=("mu", "log_var", "prior_mu", "prior_log_var"),
+)
+
+
+def _eager(mu, log_var):
+    return -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).flatten(1).sum(1)
+
+
+SHAPES = ((5, 37), (1, 1), (0, 4), (3, 0), (2, 3, 5, 7), (3, 1031), (7, 16))
+BENCH_SHAPES = ((8, 64), (128, 128), (8, 4, 128, 128), (256, 4096))
+LATENT_VARIANTS = ({"clamp": (-0.5, 0.7)}, {"clamp": "soft5"})
+KL_VARIANTS = ({}, {"free_bits": 0.3}, {"reduction": "element"}, {"reduction": "total"}, *LATENT_VARIANTS)
+
+CASES = (
+    Case(
+        gaussian_kl,
+        lambda make, shape: {"mu": make(shape), "log_var": make(shape)},
+        shapes=SHAPES,
+        variants=KL_VARIANTS,
+        eager=_eager,
+        bytes=lambda shape, size: 2 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 4 * size * math.prod(shape),
+        bench_shapes=BENCH_SHAPES,
+    ),
 )

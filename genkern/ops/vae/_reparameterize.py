@@ -1,10 +1,14 @@
 """reparameterize: a sample of a diagonal Gaussian latent with a gradient; reparameterize_kl: the same with its divergence."""
 
+import math
+
 import torch
 
 from genkern import random
 from genkern.core import Op
 from genkern.ops.vae import _latent
+from genkern.ops.vae._gaussian_kl import BENCH_SHAPES, KL_VARIANTS, LATENT_VARIANTS, SHAPES
+from genkern.testing._case import Case
 
 
 def reparameterize(mu, log_var=None, *, key=None, generator=None, clamp=None):
@@ -103,4 +107,41 @@ _reparameterize_kl = Op(
         _latent.empty_kl(mu, log_var, per_element),
     ),
     differentiable=("mu", "log_var", "prior_mu", "prior_log_var"),
+)
+
+
+def _eager(mu, log_var, key):
+    return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+
+
+def _eager_kl(mu, log_var, key):
+    kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).flatten(1).sum(1)
+    return _eager(mu, log_var, key), kl
+
+
+def _arguments(make, shape):
+    return {"mu": make(shape), "log_var": make(shape), "key": random.key(11, device=make.device)}
+
+
+CASES = (
+    Case(
+        reparameterize,
+        _arguments,
+        shapes=SHAPES,
+        variants=({}, *LATENT_VARIANTS),
+        eager=_eager,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 5 * size * math.prod(shape),
+        bench_shapes=BENCH_SHAPES,
+    ),
+    Case(
+        reparameterize_kl,
+        _arguments,
+        shapes=SHAPES,
+        variants=KL_VARIANTS,
+        eager=_eager_kl,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 5 * size * math.prod(shape),
+        bench_shapes=BENCH_SHAPES,
+    ),
 )

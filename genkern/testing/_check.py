@@ -1,0 +1,96 @@
+"""The comparison rule: a backend against the float64 reference, at most twice as far from it as plain torch in the same type."""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import genkern
+from genkern import core, random
+
+_DRAWS = ("uniform", "normal", "exponential", "gumbel", "logistic")
+
+
+def backends(device="cpu"):
+    """Names of the backends that can run every op on this device type now."""
+    return [b for b in core.BACKENDS if all(op.available(device)[b] is None for op in core.OPS.values())]
+
+
+@contextlib.contextmanager
+def float32_noise():
+    """Float64 draws become float32 draws widened, so that a float64 reference sees the noise of the float32 stream."""
+
+    def widened(draw):
+        def call(*args, dtype=torch.float32, **kwargs):
+            return draw(*args, dtype=torch.float32 if dtype == torch.float64 else dtype, **kwargs).to(dtype)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in _DRAWS:
+            stack.enter_context(mock.patch.object(random, name, widened(getattr(random, name))))
+        yield
+
+
+class refuse_wide_types(TorchDispatchMode):
+    """An error wherever float64 or unsigned 64-bit numbers are made: references must run on devices that have neither."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float64, torch.uint64):
+                raise AssertionError(f"{function} made a {tensor.dtype} tensor")
+        return result
+
+
+def _outputs_and_gradients(function, arguments):
+    """{name: tensor} of the outputs, and of the gradients of a fixed weighted sum of them."""
+    leaves = {n: a for n, a in arguments.items() if isinstance(a, torch.Tensor) and a.is_floating_point()}
+    arguments = {n: a.detach().requires_grad_() if n in leaves else a for n, a in arguments.items()}
+    outputs = function(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = 0
+    for output in outputs:
+        weights = torch.linspace(-1, 1.5, max(output.numel(), 1), device=output.device)[: output.numel()]
+        total = total + (output * weights.reshape(output.shape).to(output.dtype)).sum(dtype=torch.float64)
+    total.backward()
+    named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return named | {f"gradient of {n}": arguments[n].grad for n in leaves if n in arguments}
+
+
+def check(case, backend, shape, dtype, *, variant=None, layout="contiguous", device="cpu"):
+    """Raise AssertionError unless `backend` computes `case` and its gradients as well as plain torch does in this type."""
+    from genkern.testing._case import Make
+
+    variant = variant or {}
+    arguments = case.arguments(Make(dtype, device, layout), shape)
+    wide = {n: a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for n, a in arguments.items()}
+    run = lambda name, args: _named_run(name, lambda **kw: case.function(**kw, **variant), args)
+    noise = contextlib.nullcontext() if dtype == torch.float64 else float32_noise()
+    with noise:
+        truth = run("reference", wide)
+    plain, got = run("reference", arguments), run(backend, arguments)
+    for name, expected in truth.items():
+        value, reference = got[name], plain[name]
+        assert value.dtype == reference.dtype, f"{case.name}: {name} is {value.dtype}, expected {reference.dtype}"
+        assert value.shape == expected.shape, f"{case.name}: {name} has shape {value.shape}, expected {expected.shape}"
+        if value.numel() == 0:
+            continue
+        error, allowed = _error(value, expected), _error(reference, expected)
+        ulps = 16 if value.dtype == torch.float64 else 4  # float64 has no wider oracle: both sides' sums round
+        floor = ulps * torch.finfo(value.dtype).eps * max(1.0, expected.abs().max().item())
+        assert error <= 2 * allowed + floor, (
+            f"{case.name} on {backend}, {dtype}, shape {tuple(shape)}, {layout}, {variant}: {name} is off by {error:.2e}, "
+            f"plain torch by {allowed:.2e} (floor {floor:.2e})"
+        )
+
+
+def _named_run(backend, function, arguments):
+    with genkern.backend(backend):
+        return _outputs_and_gradients(function, arguments)
+
+
+def _error(value, expected):
+    error = (value.double() - expected.double()).abs().max().item()
+    return float("inf") if error != error else error
