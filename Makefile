@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-BUILD_TOOLS = "setuptools>=77" cmake ninja "pybind11>=2.13"
+BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
 python = $(VENV)/bin/python
 native = setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 

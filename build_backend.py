@@ -1,9 +1,9 @@
 """setuptools' build backend, which asks for a torch to read headers from only where none is found.
 
 Only headers are read and one binary fits torch 2.11 and later, so any torch that can be seen will do, whichever flavour. pip
-and uv build in an environment of their own: pip's still tells where the target environment lies; uv's does not, but an activated
-or project environment does. Where there is none (an empty environment) "torch>=2.11" joins the build requirements: the wheel that
-the runtime dependency asks for anyway, so the client's cache holds it and nothing is downloaded twice.
+and uv build in an environment of their own: pip's still tells where the target environment lies; uv's does not, but an
+activated or project environment does. Where there is none (an empty environment) "torch>=2.11" joins the build requirements:
+the wheel that the runtime dependency asks for anyway, so the client's cache holds it and nothing is downloaded twice.
 GENKERN_BUILD=none, no C++ compiler, or a system other than Linux: nothing to compile, so nothing is asked for.
 """
 
