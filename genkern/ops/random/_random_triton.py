@@ -19,7 +19,7 @@ def fill_kernel(
     first = number * COLUMNS
     high, low = lanes.words(seed, offset, first, COLUMNS, DTYPE)
     if DISTRIBUTION == "bits":
-        if DTYPE == tl.float64:
+        if tl.float64 == DTYPE:
             value = (high.to(tl.int64) << 32) | low.to(tl.int64)
         else:
             value = high.to(tl.int32, bitcast=True)
