@@ -138,6 +138,10 @@ class Op:
                 if missing is not None:
                     raise RuntimeError(f"{self.name}: backend {name!r} was forced but cannot be used: {missing}")
             return name, None
+        return self.default(device_type)
+
+    def default(self, device_type):
+        """(backend that serves this device type unless one is forced, None or why it is the reference)."""
         if device_type not in self._default:
             self._settle(device_type)
         return self._default[device_type]

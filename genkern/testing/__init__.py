@@ -19,6 +19,6 @@ of the reference in the type under test, plus a few units in the last place. Gra
 """
 
 from genkern.testing._case import LAYOUTS, Case, Make, all_cases
-from genkern.testing._check import backends, check, float32_noise, refuse_wide_types
+from genkern.testing._check import backends, check, float32_noise, refuse_wide_types, verify
 
-__all__ = ["LAYOUTS", "Case", "Make", "all_cases", "backends", "check", "float32_noise", "refuse_wide_types"]
+__all__ = ["LAYOUTS", "Case", "Make", "all_cases", "backends", "check", "float32_noise", "refuse_wide_types", "verify"]

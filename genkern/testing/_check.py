@@ -33,6 +33,40 @@ def float32_noise():
         yield
 
 
+def verify(device):
+    """{"op/backend": "passed" or what is wrong} of every kernel that exists for this device type, at small sizes."""
+    from genkern.testing._case import all_cases
+
+    verdicts = {}
+    for name, op in core.OPS.items():
+        for backend in (b for b, missing in op.available(device).items() if missing is None):
+            try:
+                _verify_draw(name, backend, device) if name.startswith("random_") else _verify_case(all_cases()[name], backend, device)
+                verdicts[f"{name}/{backend}"] = "passed"
+            except (AssertionError, RuntimeError) as error:
+                verdicts[f"{name}/{backend}"] = str(error)
+    return verdicts
+
+
+def _verify_case(case, backend, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for shape in case.shapes:
+            for variant in case.variants:
+                check(case, backend, shape, dtype, variant=variant, device=device)
+
+
+def _verify_draw(name, backend, device):
+    types = {"random_bits": (torch.int32, torch.int64)}.get(name, (torch.float32, torch.bfloat16, torch.float16))
+    for dtype in types:
+        for key in (random.key(7), random.split(random.key(7, device=device), 3)):
+            outputs = []
+            for chosen in ("reference", backend):
+                outputs.append(torch.empty(3, 1031, dtype=dtype, device=device))
+                with genkern.backend(chosen):
+                    core.OPS[name](key, outputs[-1], 0.5, 0.0)
+            assert torch.equal(*outputs), f"{name} on {backend}, {dtype}: its bits are not those of the stream"
+
+
 class refuse_wide_types(TorchDispatchMode):
     """An error wherever float64 or unsigned 64-bit numbers are made: references must run on devices that have neither."""
 
