@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import platform
-import subprocess
 import sys
 
 COMMANDS = {}
@@ -89,9 +88,7 @@ def build(argv):
     argparse.ArgumentParser(prog="genkern build", description=build.__doc__).parse_args(argv)
     from genkern.core import _build_info
 
-    arguments, environment = _build_info.rebuild_command()
-    print("genkern:", _build_info.rebuild_text(), flush=True)
-    return subprocess.run(arguments, env=environment).returncode
+    return _build_info.rebuild()
 
 
 @command

@@ -231,7 +231,7 @@ def interleave4(a, b, c, d):
 @triton.jit
 def words(seed, offset, first, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
     """(high, low) words of elements first, ..., first + COLUMNS - 1, first on a counter's boundary; low counts in float64 only."""
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         r0, r1, r2, r3 = philox(seed, offset + (first >> 1) + tl.arange(0, COLUMNS // 2)[None, :])
         return tl.interleave(r0, r2), tl.interleave(r1, r3)
     else:
@@ -246,7 +246,7 @@ def words(seed, offset, first, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def to_unit(high, low, DTYPE: tl.constexpr):
     """A number in (0, 1]."""
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         return high.to(tl.float64) * 2.0**-32 + (low.to(tl.float64) * 2.0**-64 + 2.0**-65)
     else:
         return high.to(tl.float32) * 2.0**-32 + 2.0**-33
@@ -271,7 +271,7 @@ def normals(seed, offset, first, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, D
     """Elements first, ..., first + COLUMNS - 1 of the normal stream; ALIGNED: first is on a counter's boundary."""
     if not ALIGNED:  # every element computes its counter and takes what it needs
         element = first + tl.arange(0, COLUMNS)[None, :]
-        if DTYPE == tl.float64:
+        if tl.float64 == DTYPE:
             r0, r1, r2, r3 = philox(seed, offset + (element >> 1))
             x, y = box_muller(to_unit(r0, r1, DTYPE), to_unit(r2, r3, DTYPE))
         else:
@@ -280,7 +280,7 @@ def normals(seed, offset, first, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, D
             u1, u2 = tl.where(second, r2, r0), tl.where(second, r3, r1)
             x, y = box_muller(to_unit(u1, u1, DTYPE), to_unit(u2, u2, DTYPE))
         return tl.where((element & 1) != 0, y, x)
-    elif DTYPE == tl.float64:
+    elif tl.float64 == DTYPE:
         r0, r1, r2, r3 = philox(seed, offset + (first >> 1) + tl.arange(0, COLUMNS // 2)[None, :])
         x, y = box_muller(to_unit(r0, r1, DTYPE), to_unit(r2, r3, DTYPE))
         return tl.interleave(x, y)
@@ -294,7 +294,7 @@ def normals(seed, offset, first, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, D
 @triton.jit
 def uniform(high, low, DIGITS: tl.constexpr, DTYPE: tl.constexpr):
     """[0, 1): the low DIGITS bits."""
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         return (((high.to(tl.int64) << 32) | low.to(tl.int64)) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 2.0**-53
     else:
         return (high & ((1 << DIGITS) - 1)).to(tl.int32).to(tl.float32) * 2.0**-DIGITS

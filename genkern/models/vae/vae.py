@@ -26,8 +26,8 @@ class VAEConfig:
     channels: int = 1
     size: int = 8  # height and width, a multiple of 2
     levels: int = 255  # uint8 images hold 0..levels
-    latent: int = 16
-    width: int = 32
+    latent: int = 8
+    width: int = 16
     hidden: int = 256
     beta: float = 1.0  # weight of the divergence in the loss (Higgins et al., 2017)
 

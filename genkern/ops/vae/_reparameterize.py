@@ -110,11 +110,11 @@ _reparameterize_kl = Op(
 )
 
 
-def _eager(mu, log_var, key):
+def _eager(mu, log_var, key=None):
     return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
 
 
-def _eager_kl(mu, log_var, key):
+def _eager_kl(mu, log_var, key=None):
     kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).flatten(1).sum(1)
     return _eager(mu, log_var, key), kl
 

@@ -1,0 +1,281 @@
+"""The bench: genkern, eager PyTorch and torch.compile in turn, in one process, so that ratios hold on a noisy machine.
+
+Every round times each contender once; a ratio is the median over rounds of eager's time over the contender's in the same round.
+Before a case is timed its check must pass, and stats() must show that the named backend ran; else the case is refused.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import genkern
+from genkern import core, random
+from genkern.testing._case import Make, all_cases
+from genkern.testing._check import check
+
+SCHEMA = 1
+ROUND_SECONDS = 0.004
+DRAWS = {  # name -> (genkern's draw into out, the torch call it replaces)
+    "random_normal": (lambda key, out: random.normal(key, out.shape, out=out, dtype=out.dtype), lambda out: out.normal_()),
+    "random_uniform": (lambda key, out: random.uniform(key, out.shape, out=out, dtype=out.dtype), lambda out: out.uniform_()),
+    "random_bernoulli": (lambda key, out: random.bernoulli(key, 0.3, out.shape, out=out, dtype=out.dtype), lambda out: out.bernoulli_(0.3)),
+    "random_exponential": (lambda key, out: random.exponential(key, out.shape, out=out, dtype=out.dtype), lambda out: out.exponential_()),
+}
+DRAW_SHAPES = ((64,), (4096,), (1 << 20,))
+
+
+@dataclass
+class Row:
+    """What is measured together: {contender: call}, one of them "eager"."""
+
+    op: str
+    shape: tuple
+    dtype: torch.dtype
+    mode: str  # "forward" or "forward+backward"
+    bytes: int
+    calls: dict[str, Callable]
+
+
+# ---- timing
+
+
+def time_interleaved(calls, rounds, round_seconds=ROUND_SECONDS):
+    """{contender: [seconds per call, one for each round]}."""
+    number = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        number[name] = max(1, int(round_seconds / max(time.perf_counter() - start, 1e-7)))
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            n = number[name]
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            times[name].append((time.perf_counter() - start) / n)
+    return times
+
+
+def summarize(row, times):
+    copy = times["copy"]
+    result = {}
+    for name, seconds in times.items():
+        ratios = [e / s for e, s in zip(times["eager"], seconds, strict=True)]
+        quantiles = statistics.quantiles(ratios, n=5)
+        result[name] = {
+            "us": statistics.median(seconds) * 1e6,
+            "ratio": statistics.median(ratios),
+            "ratio_p20": quantiles[0],
+            "ratio_p80": quantiles[-1],
+            "of_copy": statistics.median(c / s for c, s in zip(copy, seconds, strict=True)),
+        }
+    gigabytes = row.bytes / statistics.median(copy) / 1e9
+    return {
+        "op": row.op, "shape": list(row.shape), "dtype": str(row.dtype).split(".")[1], "mode": row.mode, "bytes": row.bytes,
+        "copy_gb_per_s": gigabytes, "contenders": result,
+    }  # fmt: skip
+
+
+# ---- what is measured
+
+
+def _copy_of(size):
+    source = torch.ones(max(1, size // 8), dtype=torch.float32)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _call(function, arguments, backward):
+    if not backward:
+        return lambda: function(**arguments)
+    leaves = {n: a.detach().requires_grad_() if a.is_floating_point() else a for n, a in arguments.items()}
+    wanted = [a for a in leaves.values() if a.requires_grad]
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.ones_like(o) for o in outputs]
+
+    def call():
+        got = function(**leaves)
+        torch.autograd.grad(got, wanted, grads if isinstance(got, tuple) else grads[0])
+
+    return call
+
+
+def _compiled(function):
+    def run(**arguments):
+        return function(**arguments)
+
+    return torch.compile(run)
+
+
+def case_rows(case, backend, shapes, dtype, compiled):
+    for shape in shapes:
+        arguments = case.arguments(Make(dtype), shape)
+        arguments.pop("key", None)  # a fair race: both sides draw fresh noise in every call
+        for mode in ("forward", "forward+backward"):
+            backward = mode != "forward"
+            check(case, backend, shape, dtype)
+            genkern.reset_stats()
+            size = arguments["mu"].element_size() if "mu" in arguments else 4
+            total = case.bytes(shape, size) + (case.bytes_backward(shape, size) if backward else 0)
+            calls = {
+                "eager": _call(case.eager, arguments, backward),
+                "genkern": _call(case.function, arguments, backward),
+                "copy": _copy_of(total),
+            }
+            calls["genkern"]()
+            _must_have_run(case.name + ("_backward" if backward else ""), backend)
+            if compiled:
+                torch._dynamo.reset()
+                calls["compile"] = _call(_compiled(case.eager), arguments, backward)
+            yield Row(case.name, shape, dtype, mode, total, calls)
+
+
+def draw_rows(name, backend, shapes, dtype):
+    ours, theirs = DRAWS[name]
+    for shape in shapes:
+        key, out = random.key(1), torch.empty(shape, dtype=dtype)
+        with genkern.backend("reference"):
+            expected = ours(key, torch.empty_like(out)).clone()
+        genkern.reset_stats()
+        if not torch.equal(ours(key, out), expected):
+            raise AssertionError(f"{name} on {backend}: its bits are not those of the stream; nothing is measured")
+        _must_have_run(name, backend)
+        total = out.numel() * out.element_size()
+        calls = {"eager": lambda out=out: theirs(out), "genkern": lambda k=key, out=out: ours(k, out), "copy": _copy_of(2 * total)}
+        yield Row(name, shape, dtype, "forward", total, calls)
+
+
+def _must_have_run(name, backend):
+    if not genkern.stats().get((name, backend)):
+        raise AssertionError(f"{name}: backend {backend!r} was named but did not run: {genkern.stats()}; nothing is measured")
+
+
+# ---- report
+
+
+def machine():
+    """Where and with what a run was made."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    return {
+        "schema": SCHEMA, "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(), "commit": git.stdout.strip() or None,
+        "genkern": genkern.__version__, "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _lines(path):
+    try:
+        return pathlib.Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def print_header(facts):
+    print(f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), torch {facts['torch']}, genkern {facts['genkern']}")
+    print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)\n")
+    print(f"{'op':20} {'shape':15} {'mode':17} {'eager us':>9} {'genkern us':>10} {'x eager':>8} {'(p20-p80)':>13} {'x compile':>9} {'of copy':>8}")
+
+
+def print_row(result):
+    c = result["contenders"]
+    ours, compiled = c["genkern"], c.get("compile")
+    shape = "x".join(map(str, result["shape"]))
+    spread = f"({ours['ratio_p20']:.1f}-{ours['ratio_p80']:.1f})"
+    against = f"{compiled['us'] / ours['us']:9.1f}" if compiled else f"{'':9}"
+    slower = "  slower than eager" if ours["ratio"] < 1 else ""
+    print(
+        f"{result['op']:20} {shape:15} {result['mode']:17} {c['eager']['us']:9.1f} {ours['us']:10.1f} {ours['ratio']:8.1f} {spread:>13} "
+        f"{against} {ours['of_copy']:8.0%}{slower}",
+        flush=True,
+    )
+
+
+def compare(old, new, threshold=0.1):
+    """Lines that name each (op, shape, mode) whose ratio to eager fell by more than the threshold from one run to another."""
+    key = lambda r: (r["op"], tuple(r["shape"]), r["dtype"], r["mode"])
+    before = {key(r): r["contenders"]["genkern"]["ratio"] for r in old["results"]}
+    lines = []
+    for r in new["results"]:
+        was, now = before.get(key(r)), r["contenders"]["genkern"]["ratio"]
+        if was and now < was * (1 - threshold):
+            lines.append(f"{r['op']} {'x'.join(map(str, r['shape']))} {r['mode']}: {was:.2f}x eager before, {now:.2f}x now")
+    return lines
+
+
+def plot(results, path):
+    """A bar for each measured row: times faster than eager."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [f"{r['op']} {'x'.join(map(str, r['shape']))} {r['mode']}" for r in results]
+    ratios = [r["contenders"]["genkern"]["ratio"] for r in results]
+    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(labels) + 1), layout="constrained")
+    axes.barh(labels, ratios)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("times faster than eager PyTorch")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="genkern bench", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", help="names, or: compare A.json B.json (fails where a ratio fell by 10 %%)")
+    parser.add_argument("--shape", action="append", help="such as 256x4096; may be repeated")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--plot", metavar="FILE", help="draw the ratios (needs matplotlib)")
+    arguments = parser.parse_args(argv)
+    if arguments.ops[:1] == ["compare"]:
+        lines = compare(*(json.loads(pathlib.Path(p).read_text()) for p in arguments.ops[1:3]))
+        print("\n".join(lines) or "no ratio fell")
+        return bool(lines)
+    cases = all_cases()
+    known = [*DRAWS, *cases]
+    unknown = [name for name in arguments.ops if name not in known]
+    if unknown:
+        parser.error(f"no op {unknown[0]!r}; benched are {', '.join(known)}")
+    backend = core.OPS["reparameterize"].default("cpu")[0]
+    if backend == "reference":
+        parser.error(f"nothing to measure: {core.OPS['reparameterize'].default('cpu')[1]}")
+    shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape or ()]
+    dtype = getattr(torch, arguments.dtype)
+    torch.set_num_threads(arguments.threads)
+    torch._inductor.config.fallback_random = True  # its own generator is several times slower on a CPU
+    warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
+    facts, results = machine(), []
+    print_header(facts)
+    for name in arguments.ops or known:
+        if name in DRAWS:
+            rows = draw_rows(name, backend, shapes or DRAW_SHAPES, dtype)
+        else:
+            rows = case_rows(cases[name], backend, shapes or cases[name].bench_shapes, dtype, not arguments.no_compile)
+        for row in rows:
+            results.append(summarize(row, time_interleaved(row.calls, arguments.rounds)))
+            print_row(results[-1])
+    if arguments.json:
+        path = pathlib.Path(arguments.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
+    return 0
