@@ -183,22 +183,22 @@ GK_FN lane_f32 exp(lane_f32 x) {
 }
 #endif
 
-// e^x - 1 - x without cancellation near zero.
+// e^x - 1 - x and e^x - 1 without cancellation near zero, from x and e^x.
 template <class V>
-GK_FN V expm1_tail(V x) {
-  const V near = exp_tail_polynomial(x) * x * x, far = (exp(x) - 1) - x;
+GK_FN V expm1_tail(V x, V exp_x) {
+  const V near = exp_tail_polynomial(x) * x * x, far = (exp_x - 1) - x;
   return (x < kSmallExponent && x > -kSmallExponent) ? near : far;
 }
 template <class V>
-GK_FN V expm1(V x) {
-  const V near = fma(exp_tail_polynomial(x), x * x, x), far = exp(x) - 1;
+GK_FN V expm1(V x, V exp_x) {
+  const V near = fma(exp_tail_polynomial(x), x * x, x), far = exp_x - 1;
   return (x < kSmallExponent && x > -kSmallExponent) ? near : far;
 }
 template <class V>
 GK_FN V tanh(V x) {
   x = x > 20 ? splat<V>(20) : x;
   x = x < -20 ? splat<V>(-20) : x;
-  const V e = expm1(x + x);
+  const V e = expm1(x + x, exp(x + x));
   return e / (e + 2);
 }
 

@@ -44,26 +44,36 @@ struct Posterior {
 
 template <bool kPrior, class V>
 struct Divergence {
-  V precision, difference, d;
-  GK_FN Divergence(V mu, V log_var, const V* prior) {
+  V precision, difference, d, exp_d;
+  GK_FN Divergence(V mu, V log_var, V sigma, const V* prior) {
     if constexpr (kPrior) {
       precision = exp(-prior[1]);
       difference = mu - prior[0];
       d = log_var - prior[1];
+      exp_d = exp(d);
     } else {
       precision = splat<V>(1);
       difference = mu;
       d = log_var;
+      exp_d = sigma * sigma;  // one exponential serves the sample and the divergence
     }
   }
   GK_FN V squares() const { return kPrior ? difference * difference * precision : difference * difference; }
-  GK_FN V value() const { return (squares() + expm1_tail(d)) * 0.5f; }
+  GK_FN V value() const { return (squares() + expm1_tail(d, exp_d)) * 0.5f; }
+  GK_FN V at_least(double free_bits) const {
+    const V kl = value();
+    return kl < splat<V>(free_bits) ? splat<V>(free_bits) : kl;
+  }
+  GK_FN V gradient_above(double free_bits, V grad) const {  // of at_least
+    if (free_bits == 0) return grad;
+    return value() < splat<V>(free_bits) ? V{} : grad;
+  }
 };
 
 // Gradients of one element's divergence times g, added to d_mu and d_log_var of the clamped posterior; the prior's are written.
 template <bool kPrior, class V>
 GK_FN void add_divergence_gradient(const Divergence<kPrior, V>& kl, V g, V* d_mu, V* d_log_var, V* d_prior) {
-  const V pull = kPrior ? kl.difference * kl.precision : kl.difference, stretch = expm1(kl.d) * 0.5f;
+  const V pull = kPrior ? kl.difference * kl.precision : kl.difference, stretch = expm1(kl.d, kl.exp_d) * 0.5f;
   *d_mu = fma(g, pull, *d_mu);
   *d_log_var = fma(g, stretch, *d_log_var);
   if constexpr (kPrior) {
@@ -110,8 +120,8 @@ struct GaussianKl {
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V* out, V* term) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
-    const V kl = Divergence<kPrior, V>(q.mu, q.log_var, in + 2).value();
-    *(kPerElement ? out : term) = kl < splat<V>(free_bits) ? splat<V>(free_bits) : kl;
+    const V sigma = kPrior ? V{} : exp(q.log_var * 0.5f);
+    *(kPerElement ? out : term) = Divergence<kPrior, V>(q.mu, q.log_var, sigma, in + 2).at_least(free_bits);
   }
 };
 
@@ -124,10 +134,10 @@ struct GaussianKlBackward {
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
-    const Divergence<kPrior, V> kl(q.mu, q.log_var, in + 2);
-    const V grad = kPerElement ? in[kInputs - 1] : row[0], g = kl.value() < splat<V>(free_bits) ? V{} : grad;
+    const Divergence<kPrior, V> kl(q.mu, q.log_var, kPrior ? V{} : exp(q.log_var * 0.5f), in + 2);
+    const V grad = kPerElement ? in[kInputs - 1] : row[0];
     out[0] = out[1] = V{};
-    add_divergence_gradient(kl, g, out, out + 1, out + 2);
+    add_divergence_gradient(kl, kl.gradient_above(free_bits, grad), out, out + 1, out + 2);
     out[0] = out[0] * q.d_mu;
     out[1] = out[1] * q.d_log_var;
   }
@@ -142,9 +152,9 @@ struct ReparameterizeKl {
   template <class V>
   GK_FN void operator()(const V* in, const V*, V eps, V* out, V* term) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
-    out[0] = fma(exp(q.log_var * 0.5f), eps, q.mu);
-    const V kl = Divergence<kPrior, V>(q.mu, q.log_var, in + 2).value();
-    *(kPerElement ? out + 1 : term) = kl < splat<V>(free_bits) ? splat<V>(free_bits) : kl;
+    const V sigma = exp(q.log_var * 0.5f);
+    out[0] = fma(sigma, eps, q.mu);
+    *(kPerElement ? out + 1 : term) = Divergence<kPrior, V>(q.mu, q.log_var, sigma, in + 2).at_least(free_bits);
   }
 };
 
@@ -158,11 +168,12 @@ struct ReparameterizeKlBackward {
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
     const Posterior<Clamp, V> q(clamp, in[0], in[1]);
-    const Divergence<kPrior, V> kl(q.mu, q.log_var, in + 2);
-    const V grad = kPerElement ? in[kGrad + 1] : row[0], g = kl.value() < splat<V>(free_bits) ? V{} : grad;
+    const V sigma = exp(q.log_var * 0.5f);
+    const Divergence<kPrior, V> kl(q.mu, q.log_var, sigma, in + 2);
+    const V grad = kPerElement ? in[kGrad + 1] : row[0];
     out[0] = in[kGrad];
-    out[1] = in[kGrad] * exp(q.log_var * 0.5f) * eps * 0.5f;
-    add_divergence_gradient(kl, g, out, out + 1, out + 2);
+    out[1] = in[kGrad] * sigma * eps * 0.5f;
+    add_divergence_gradient(kl, kl.gradient_above(free_bits, grad), out, out + 1, out + 2);
     out[0] = out[0] * q.d_mu;
     out[1] = out[1] * q.d_log_var;
   }
