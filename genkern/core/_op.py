@@ -235,8 +235,8 @@ def explain(name, *args):
     reasons = [] if why is None else [why]
     reasons += [
         f"argument {i} is not contiguous and is copied first"
-        for i in op._tensors
-        if args[i] is not None and choice != "reference" and not _row_dense(args[i])
+        for i, argument in enumerate(args)
+        if isinstance(argument, torch.Tensor) and choice != "reference" and not _row_dense(argument)
     ]
     if INTERPRET and choice == "triton":
         reasons.append("Triton runs in its interpreter (TRITON_INTERPRET=1)")
