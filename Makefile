@@ -12,20 +12,16 @@ test: $(VENV)/built
 	$(python) -m pytest
 
 bench: $(VENV)/built
-	$(python) -m bench
+	$(python) -m genkern bench
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/built: $(native)
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
 	$(python) -m pip install $(BUILD_TOOLS) "$(TORCH)"
-	GENKERN_BUILD=none $(python) -m pip install --no-build-isolation -e ".[test,dev]"
-	touch $@
-
-$(VENV)/built: $(VENV)/ready $(native)
-	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation --no-deps -e .
+	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation -e ".[test,dev]"
 	touch $@
 
 # One wheel per Python version, since the host module is built for one; the torch-facing libraries inside are the same.
-wheel: $(VENV)/ready
+wheel: $(VENV)/built
 	GENKERN_REQUIRE=cpu $(python) -m pip wheel --no-build-isolation --no-deps -w dist .
 	$(python) tools/manylinux.py dist/genkern-*-linux_*.whl
 
@@ -34,10 +30,10 @@ ABI_TORCHES ?= 2.11.0 2.15.0
 check-abi: wheel
 	sh tools/check_abi.sh $(python) $(ABI_TORCHES)
 
-format: $(VENV)/ready
+format: $(VENV)/built
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -type f)
 
-lint: $(VENV)/ready
+lint: $(VENV)/built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
