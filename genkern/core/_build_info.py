@@ -52,6 +52,11 @@ def why_missing(part):
     return f"{missing[0]['why']}; mend: {missing[0]['mend']}" if missing else None
 
 
+def _has_build_requirements():
+    modules = all(map(importlib.util.find_spec, ("setuptools", "cmake", "ninja", "pybind11")))
+    return modules and int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
+
+
 def rebuild_command():
     """(argv, environment) that builds and installs this genkern again from where it came, by the tool that installed it."""
     try:
@@ -71,7 +76,7 @@ def rebuild_command():
         command = ["uv", "pip", "install", "--python", sys.executable, "--no-deps", "--reinstall", "--refresh"]
     else:
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "--no-cache-dir"]
-    if all(map(importlib.util.find_spec, ("setuptools", "cmake", "ninja", "pybind11"))):
+    if _has_build_requirements():
         command.append("--no-build-isolation")  # nothing to download, so it works without a network too
     torch = importlib.util.find_spec("torch")
     return command + source, {"GENKERN_TORCH_DIR": os.path.dirname(torch.origin)} if torch else {}
