@@ -1,0 +1,72 @@
+"""Elementary functions of the Triton kernels against NumPy in float64, with their special values."""
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from genkern.core import triton_lanes as lanes  # noqa: E402
+
+pytestmark = pytest.mark.triton
+
+N = 4096
+
+
+@triton.jit
+def _apply(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i)
+    if FUNCTION == "exp":
+        value = lanes.exp(value)
+    elif FUNCTION == "expm1":
+        value = lanes.expm1(value)
+    elif FUNCTION == "expm1_tail":
+        value = lanes.expm1_tail(value)
+    elif FUNCTION == "tanh":
+        value = lanes.tanh(value)
+    else:
+        value = lanes.exact_log(value)
+    tl.store(out + i, value)
+
+
+def _tail(x):
+    series = sum(x**k / float(np.prod(np.arange(1, k + 1, dtype=np.float64))) for k in range(2, 20))
+    return np.where(np.abs(x) < 0.5, series, np.expm1(x) - x)
+
+
+EXACT = {"exp": np.exp, "expm1": np.expm1, "expm1_tail": _tail, "tanh": np.tanh, "log": np.log}
+
+
+def _run(name, x):
+    out = torch.empty_like(x)
+    _apply[(x.numel() // 1024,)](x, out, name, 1024)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EXACT)
+def test_relative_error(name, dtype):
+    if name == "log":
+        x = torch.logspace(-37, 37, N, dtype=torch.float64)
+    else:
+        signs = torch.tensor([1.0, -1.0]).repeat(N // 4)
+        x = torch.cat([torch.linspace(-80, 80, N // 2), torch.logspace(-8, 1, N // 2) * signs])
+    x = x.to(dtype)
+    expected = EXACT[name](x.double().numpy())
+    error = np.abs(_run(name, x).double().numpy() - expected) / np.maximum(np.abs(expected), torch.finfo(dtype).tiny)
+    ulps = 16 if name == "expm1_tail" else 4  # beyond ln(2) / 2 the tail subtracts 1 and x from e^x
+    assert error.max() < ulps * torch.finfo(dtype).eps, x[int(error.argmax())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_special_values(dtype):
+    x = torch.tensor([0.0, np.inf, -np.inf, np.nan, 1e4, -1e4, -0.0, 1.0], dtype=dtype).repeat(128)
+    exp, expm1, tanh = (_run(name, x)[:8].tolist() for name in ("exp", "expm1", "tanh"))
+    assert exp[:3] == [1, np.inf, 0] and np.isnan(exp[3]) and exp[4:7] == [np.inf, 0, 1]
+    assert expm1[:3] == [0, np.inf, -1] and np.isnan(expm1[3]) and expm1[5:7] == [-1, 0]
+    assert tanh[:3] == [0, 1, -1] and np.isnan(tanh[3]) and tanh[4:7] == [1, -1, 0]
+    if dtype == torch.float32:  # results below the smallest normal number are not flushed
+        tiny = torch.full((1024,), -95.0)
+        assert _run("exp", tiny)[0].item() == pytest.approx(np.exp(-95.0), rel=1e-3, abs=0)
