@@ -12,6 +12,7 @@ import torch
 
 import genkern
 import genkern.random as gr
+from genkern.core._backends import INTERPRET
 from genkern.testing import backends
 
 BACKENDS = ["reference", *backends()]
@@ -19,6 +20,9 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CONTINUOUS = ("uniform", "normal", "exponential", "gumbel", "logistic")
 SEED, OFFSET = 0x123456789ABCDEF, 2**32 - 100  # the counter's low word overflows inside every test
 KEY = torch.tensor([SEED, OFFSET])
+
+# Triton's interpreter stores float32 to bfloat16 by cutting the low bits off; a GPU rounds to nearest like everything else.
+TRUNCATING = ("triton",) if INTERPRET else ()
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -107,6 +111,9 @@ def test_backends_agree_bit_for_bit(backend, name, dtype):
                 expected = draw(key, (3, n), dtype=dtype)
             with genkern.backend(backend):
                 got = draw(key, (3, n), dtype=dtype)
+            if dtype == torch.bfloat16 and backend in TRUNCATING and name != "uniform":  # uniforms are exact in bfloat16
+                single = draw(key, (3, n)).view(torch.int32)
+                expected = (single >> 16 << 16).view(torch.float32).to(dtype)
             if dtype == torch.float64 and name != "uniform":  # the reference's NumPy-exact functions differ in the last places
                 torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
             else:
@@ -146,6 +153,8 @@ def golden_hash(name):
 @each_backend
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(backend, name):
+    if backend in TRUNCATING:
+        pytest.skip("Triton's interpreter truncates to bfloat16")
     with genkern.backend(backend):
         assert golden_hash(name) == GOLDEN[name]
 

@@ -111,7 +111,9 @@ def load_library(part, path):
 
 
 def _cpu_library():
-    """The widest CPU library this machine and ATEN_CPU_CAPABILITY allow, or None."""
+    """The widest CPU library this machine and ATEN_CPU_CAPABILITY allow, or None. GENKERN_CPU_LIBRARY names another one."""
+    if os.environ.get("GENKERN_CPU_LIBRARY"):
+        return pathlib.Path(os.environ["GENKERN_CPU_LIBRARY"])
     capability = torch.backends.cpu.get_cpu_capability()
     names = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}.get(capability, ("base",))
     paths = (_PACKAGE / f"_C_cpu_{name}.so" for name in names)
