@@ -9,7 +9,8 @@ import triton.language as tl  # noqa: E402
 
 from genkern.core import triton_lanes as lanes  # noqa: E402
 
-pytestmark = pytest.mark.triton
+# infinities are asked for; the interpreter computes in NumPy, which warns of them
+pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:overflow encountered")]
 
 N = 4096
 

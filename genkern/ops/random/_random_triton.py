@@ -24,7 +24,7 @@ def fill_kernel(
         else:
             value = high.to(tl.int32, bitcast=True)
     elif DISTRIBUTION == "bernoulli":
-        value = (high.to(tl.int64) < b).to(tl.int32)
+        value = (high.to(tl.int64) < b).to(tl.float32)
     else:
         if DISTRIBUTION == "normal":
             value = lanes.normals(seed, offset, first, COLUMNS, True, DTYPE)
