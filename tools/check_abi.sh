@@ -11,7 +11,7 @@ for version in "$@"; do
   "$venv/bin/python" -m pip install -q ${ABI_INDEX_OPTIONS:-} "torch==$version" numpy safetensors pytest hypothesis scipy
   "$venv/bin/python" -m pip install -q --no-deps --no-index --force-reinstall --find-links dist genkern
   echo "torch $version:"
-  # -P and a folder apart: the installed wheel is tested, not the checkout
+  # from a folder apart, so that the installed wheel is tested and not the checkout
   rm -rf build/abi/tests && cp -r tests build/abi/tests
   (cd build/abi && "$version/bin/python" -c "
 import torch, genkern
