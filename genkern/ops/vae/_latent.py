@@ -65,6 +65,8 @@ def empty_kl(mu, log_var, per_element):
 
 def check_moments(op, mu, log_var, names=("mu", "log_var")):
     """Raise in words a user understands unless (mu, log_var) is a pair of moments, or mu holds both halves."""
+    if _plain_pair(mu, log_var):
+        return
     for name, x in zip(names, (mu, log_var), strict=True):
         if x is None and name is names[1]:
             continue
@@ -85,6 +87,12 @@ def check_moments(op, mu, log_var, names=("mu", "log_var")):
         )
     elif log_var.device != mu.device:
         raise ValueError(f"{op}: {names[1]} must be on the device of {names[0]}, got {mu.device} and {log_var.device}")
+
+
+def _plain_pair(mu, log_var):
+    """The usual case, seen at once: at small sizes the checks are a good part of the call."""
+    both = isinstance(mu, torch.Tensor) and isinstance(log_var, torch.Tensor)
+    return both and mu.dtype is log_var.dtype and mu.dtype in _FLOATS and mu.shape == log_var.shape != () and mu.device == log_var.device
 
 
 def check_prior(op, mu, log_var, prior_mu, prior_log_var):
@@ -128,7 +136,8 @@ def check_reduction(op, reduction, free_bits):
 
 def same_precision(tensors):
     """The tensors (or None), all float64 where one is: kernels mix narrower types, not float64."""
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return [None if t is None else t.double() for t in tensors]
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return [None if t is None else t.double() for t in tensors]
     return tensors
 
