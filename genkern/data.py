@@ -10,15 +10,15 @@ SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slic
 def digits(split=None):
     """scikit-learn's handwritten digits: images uint8 (N, 1, 8, 8) with the 17 levels 0..16, labels int64 (N,).
 
-    split "train" (1437 images), "validation" (180) or "test" (180), the same on every machine; None: all 1797, in the order of the
-    source. The levels stay as they are counted: no stretching to 0..255, so `images / 16` is the ink of a pixel.
+    split "train" (1437 images), "validation" (180) or "test" (180), the same on every machine; None: all 1797, in the
+    order of the source. The levels stay as they are counted, not stretched to 0..255: images / 16 is the ink of a pixel.
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"digits: split must be None or one of {', '.join(SPLITS)}, got {split!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('digits: needs scikit-learn, which the extra "models" brings: pip install "genkern[models]"') from error
+        raise ImportError('digits: needs scikit-learn, of the extra "models": pip install "genkern[models]"') from error
     source = load_digits()
     images = torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).to(torch.int64)

@@ -73,8 +73,8 @@ def load(folder):
 def ink(images, levels):
     """Images as numbers in [0, 1]: uint8 0..levels are divided by levels, float in [-1, 1] is moved and halved.
 
-    ValueError names the range found where it is another, on the CPU; elsewhere and under torch.compile, where looking would stop the
-    device or break the graph, such pixels become NaN.
+    ValueError names the range found where it is another, on the CPU; elsewhere and under torch.compile, where looking would
+    stop the device or break the graph, such pixels become NaN.
     """
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")

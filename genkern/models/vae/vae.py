@@ -1,12 +1,13 @@
 """VAE: the variational autoencoder of Kingma & Welling (2014) for small images with grey levels.
 
-A latent z ~ N(0, I) is decoded to one probability per pixel, p(x|z) = Bernoulli(sigmoid(decoder(z))); an encoder gives q(z|x), a
-diagonal Gaussian near the posterior. Training maximises the evidence lower bound
+A latent z ~ N(0, I) is decoded to one probability per pixel, p(x|z) = Bernoulli(sigmoid(decoder(z))); an encoder gives
+q(z|x), a diagonal Gaussian near the posterior. Training maximises the evidence lower bound
 
     log p(x) >= E_q [log p(x|z)] - KL(q(z|x) || N(0, I)).
 
-A grey pixel counts as the probability x in [0, 1] of a black-and-white one: log p(x|z) = sum of x log p + (1 - x) log(1 - p), the mean
-over all black-and-white images drawn with these probabilities. The bound stays a bound, on the mean log-probability of those images.
+A grey pixel counts as the probability x in [0, 1] of a black-and-white one: log p(x|z) = sum of x log p + (1 - x) log(1 - p),
+the mean over all black-and-white images drawn with these probabilities. The bound stays a bound: on the mean log-probability
+of those images, not on that of the grey levels.
 """
 
 import math
@@ -33,7 +34,7 @@ class VAEConfig:
 
 
 class VAE(Model):
-    """VAE(VAEConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]; all figures in nats."""
+    """VAE(VAEConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]; figures in nats."""
 
     Config = VAEConfig
 
@@ -84,8 +85,8 @@ class VAE(Model):
     def sample(self, n, *, key=None, generator=None, batch_size=256):
         """n mean images of z ~ N(0, I): uint8 in 0..levels.
 
-        Each image has its own key, so image i depends on (key, i), not on n or batch_size. (Its latent bit for bit; the decoder sums in
-        another order for another batch, which rounding to levels hides unless a pixel lies on the edge of two.)
+        Each image has its own key, so image i depends on (key, i), not on n or batch_size. (Its latent bit for bit; for another
+        batch the decoder may sum in another order, which rounding hides unless a pixel lies on the edge of two levels.)
         """
         device = next(self.parameters()).device
         keys = random.split(random.draw_key(generator, device) if key is None else key, n)
@@ -95,7 +96,7 @@ class VAE(Model):
 
     @torch.no_grad()
     def log_prob(self, images, *, samples=64, key=None, generator=None):
-        """Importance-sampled lower bound of log p(x) (Burda et al., 2016): (N,) in nats. Rises with samples; the ELBO at one."""
+        """Importance-sampled lower bound of log p(x) (Burda et al., 2016): (N,) in nats. With samples=1 it is the ELBO."""
         x = self._ink(images)
         mu, log_var = self.encoder(2 * x - 1).chunk(2, 1)
         key = random.draw_key(generator, x.device) if key is None else key
