@@ -19,7 +19,7 @@ def fill_kernel(
     first = number * COLUMNS
     high, low = lanes.words(seed, offset, first, COLUMNS, DTYPE)
     if DISTRIBUTION == "bits":
-        if tl.float64 == DTYPE:
+        if tl.float64 == DTYPE:  # noqa: SIM108 - taken at compile time, the types differ
             value = (high.to(tl.int64) << 32) | low.to(tl.int64)
         else:
             value = high.to(tl.int32, bitcast=True)
@@ -48,10 +48,8 @@ def _fill(distribution):
         if out.numel() == 0:
             return
         rows = key.shape[0] if key.dim() == 2 else 1
-        if distribution == "bernoulli":
-            scalars = 0, int(a * 2.0**32 + 0.5)  # words below this give 1
-        else:
-            scalars = lanes.real(a), lanes.real(b)
+        # Bernoulli: words below b give 1
+        scalars = (0, int(a * 2.0**32 + 0.5)) if distribution == "bernoulli" else (lanes.real(a), lanes.real(b))
         lanes.launch(
             fill_kernel, out, rows, out.numel() // rows,
             key.to(out.device), out.view(torch.uint8) if out.dtype == torch.bool else out, *scalars,
