@@ -1,6 +1,7 @@
 # make test | make bench on a bare machine (python3 with venv, a C++ compiler): everything else is set up in .venv.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 VENV ?= .venv
 BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
 python = $(VENV)/bin/python
@@ -13,10 +14,11 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(python) -m genkern bench
+	$(python) bench/vae_digits.py
 
 $(VENV)/built: $(native)
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
-	$(python) -m pip install $(BUILD_TOOLS) "$(TORCH)"
+	$(python) -m pip install $(BUILD_TOOLS) "$(TORCH)" "$(TRITON)"
 	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation -e ".[test,dev]"
 	touch $@
 

@@ -131,7 +131,7 @@ struct RowJob {
   Keys keys;
 };
 
-constexpr int64_t kTile = 1024;  // elements of a row summed in the arithmetic type before the total continues in double
+constexpr int64_t kTile = 1024;  // the most elements of a row summed in the arithmetic type before the total continues in double
 
 }  // namespace gk
 

@@ -1,4 +1,4 @@
-// The CPU driver of rows.h: tiles of at most 1024 elements, noise for a tile in L1, lanes over a tile, sums per tile in double.
+// The CPU driver of rows.h: tiles of 64 vectors, noise for a tile in L1, lanes over a tile, sums per tile in double.
 // How work is cut does not depend on the number of threads, so results do not either.
 #pragma once
 #include <algorithm>
@@ -151,12 +151,13 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
 template <class S, class F>
 void drive_rows(const RowJob<F>& job, const Tensor&) {
   constexpr int kSums = F::kSums;
-  constexpr int64_t tile = sizeof(S) == 8 ? kTile / 16 : kTile;  // nothing wider continues a double total: sum in two levels
+  constexpr int64_t tile = 64 * Lane<typename Vector<S>::type>::kCount;  // a lane adds 64 terms, then the total continues in double
+  static_assert(tile <= kTile, "buffers hold a tile");
   const int64_t tiles = std::max<int64_t>(1, (job.width + tile - 1) / tile);  // per row
   const int64_t rows_per_unit = std::max<int64_t>(1, tile / std::max<int64_t>(1, job.width));
   const int64_t units = tiles > 1 ? job.rows * tiles : (job.rows + rows_per_unit - 1) / rows_per_unit;
   std::vector<double> partial(kSums && tiles > 1 ? static_cast<size_t>(units * kSums) : 0);
-  torch::stable::parallel_for(0, units, 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, units, 16 * kTile / tile, [&](int64_t begin, int64_t end) {
     alignas(64) S buffers[F::kInputs + F::kOutputs + 1][kTile];
     alignas(64) S noise_buffer[has_noise<F> ? kNoiseRoom : 1];
     double sums[kSums + 1];

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from genkern.core import _build_info
+
 
 class Backend(NamedTuple):
     namespace: str  # of the raw ops that hold its kernels
@@ -125,7 +127,7 @@ def libraries():
     """{part: (path or None, None or the reason it is not loaded)}; the first call loads what is there."""
     for part, path in (("cpu", _cpu_library()), ("cuda", _PACKAGE / "_C_cuda.so")):
         if path is None or not path.exists():
-            _libraries[part] = (None, "not built")
+            _libraries[part] = (None, _build_info.why_missing(part) or "not built")
         elif part == "cuda" and torch.version.cuda is None:
             _libraries[part] = (str(path), "this torch has no CUDA")
         else:

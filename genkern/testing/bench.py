@@ -25,11 +25,16 @@ from genkern.testing._check import check
 
 SCHEMA = 1
 ROUND_SECONDS = 0.004
+def _draw(name, *parameters):
+    draw = getattr(random, name)
+    return lambda key, out: draw(key, *parameters, out.shape, out=out, dtype=out.dtype)
+
+
 DRAWS = {  # name -> (genkern's draw into out, the torch call it replaces)
-    "random_normal": (lambda key, out: random.normal(key, out.shape, out=out, dtype=out.dtype), lambda out: out.normal_()),
-    "random_uniform": (lambda key, out: random.uniform(key, out.shape, out=out, dtype=out.dtype), lambda out: out.uniform_()),
-    "random_bernoulli": (lambda key, out: random.bernoulli(key, 0.3, out.shape, out=out, dtype=out.dtype), lambda out: out.bernoulli_(0.3)),
-    "random_exponential": (lambda key, out: random.exponential(key, out.shape, out=out, dtype=out.dtype), lambda out: out.exponential_()),
+    "random_normal": (_draw("normal"), lambda out: out.normal_()),
+    "random_uniform": (_draw("uniform"), lambda out: out.uniform_()),
+    "random_bernoulli": (_draw("bernoulli", 0.3), lambda out: out.bernoulli_(0.3)),
+    "random_exponential": (_draw("exponential"), lambda out: out.exponential_()),
 }
 DRAW_SHAPES = ((64,), (4096,), (1 << 20,))
 
@@ -168,8 +173,10 @@ def _must_have_run(name, backend):
 
 def machine():
     """Where and with what a run was made."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    cpu = next(names, platform.processor())
+    describe = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
     return {
         "schema": SCHEMA, "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "commit": git.stdout.strip() or None,
@@ -185,9 +192,11 @@ def _lines(path):
 
 
 def print_header(facts):
-    print(f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), torch {facts['torch']}, genkern {facts['genkern']}")
+    versions = f"torch {facts['torch']}, genkern {facts['genkern']}"
+    print(f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), {versions}")
     print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)\n")
-    print(f"{'op':20} {'shape':15} {'mode':17} {'eager us':>9} {'genkern us':>10} {'x eager':>8} {'(p20-p80)':>13} {'x compile':>9} {'of copy':>8}")
+    columns = f"{'eager us':>9} {'ours us':>9} {'x eager':>7} {'(p20-p80)':>11} {'x compile':>9} {'of copy':>7}"
+    print(f"{'op':18} {'shape':11} {'mode':16} {columns}")
 
 
 def print_row(result):
@@ -196,12 +205,9 @@ def print_row(result):
     shape = "x".join(map(str, result["shape"]))
     spread = f"({ours['ratio_p20']:.1f}-{ours['ratio_p80']:.1f})"
     against = f"{compiled['us'] / ours['us']:9.1f}" if compiled else f"{'':9}"
-    slower = "  slower than eager" if ours["ratio"] < 1 else ""
-    print(
-        f"{result['op']:20} {shape:15} {result['mode']:17} {c['eager']['us']:9.1f} {ours['us']:10.1f} {ours['ratio']:8.1f} {spread:>13} "
-        f"{against} {ours['of_copy']:8.0%}{slower}",
-        flush=True,
-    )
+    slower = "  slower" if ours["ratio"] < 1 else ""
+    columns = f"{c['eager']['us']:9.1f} {ours['us']:9.1f} {ours['ratio']:7.1f} {spread:>11} {against} {ours['of_copy']:7.0%}"
+    print(f"{result['op']:18} {shape:11} {result['mode']:16} {columns}{slower}", flush=True)
 
 
 def compare(old, new, threshold=0.1):

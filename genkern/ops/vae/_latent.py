@@ -25,7 +25,12 @@ def clamped(mu, log_var, low, high, soft):
     if soft:
         return 5 * torch.tanh(mu / 5), 10 * torch.tanh(log_var / 10)
     unbounded = low == -math.inf and high == math.inf
-    return mu, log_var if unbounded else log_var.clamp(low, high)
+    return mu, log_var if unbounded else _clamp(log_var, low, high)
+
+
+def _clamp(x, low, high):
+    """x.clamp(low, high) whose gradient at the bounds is one; torch's own is one or zero there, by version."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
 def divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element):
@@ -37,7 +42,7 @@ def divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element):
         d = log_var - prior_log_var
         kl = 0.5 * ((mu - prior_mu).square() * torch.exp(-prior_log_var) + (torch.expm1(d) - d))
     if free_bits > 0:
-        kl = kl.clamp(min=free_bits)
+        kl = _clamp(kl, free_bits, math.inf)
     return kl if per_element else kl.flatten(1).sum(1)
 
 
@@ -91,8 +96,9 @@ def check_moments(op, mu, log_var, names=("mu", "log_var")):
 
 def _plain_pair(mu, log_var):
     """The usual case, seen at once: at small sizes the checks are a good part of the call."""
-    both = isinstance(mu, torch.Tensor) and isinstance(log_var, torch.Tensor)
-    return both and mu.dtype is log_var.dtype and mu.dtype in _FLOATS and mu.shape == log_var.shape != () and mu.device == log_var.device
+    if not isinstance(mu, torch.Tensor) or not isinstance(log_var, torch.Tensor) or mu.dtype is not log_var.dtype:
+        return False
+    return mu.dtype in _FLOATS and mu.shape == log_var.shape != () and mu.device == log_var.device
 
 
 def check_prior(op, mu, log_var, prior_mu, prior_log_var):
