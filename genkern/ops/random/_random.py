@@ -46,19 +46,16 @@ def _horner(x, *coefficients):
 
 def _log(x):
     """Natural logarithm of a positive normal number x = 2^n m, m in [3/4, 3/2)."""
+    mantissa, exponent = torch.frexp(x)  # mantissa in [1/2, 1), both exact
+    low = mantissa < 0.75
+    n, f = (exponent - low.to(exponent.dtype)).to(x.dtype), torch.where(low, mantissa * 2.0, mantissa) - 1.0
     if x.dtype == torch.float32:
-        bits = x.view(torch.int32)
-        exponent = (bits - 0x3F400000) >> 23
-        n, f = exponent.to(x.dtype), (bits - (exponent << 23)).view(torch.float32) - 1.0
         z = f * f
         y = _horner(f, 0.3333334, -0.25000164, 0.19999579, -0.16655323, 0.14276786, -0.12728232, 0.11697098, -0.091079414,
                     0.03762157) * f * z  # fmt: skip
         y = n * 1.4286068203e-6 + y
         y = z * -0.5 + y
         return n * 0.693145751953125 + (f + y)
-    bits = x.view(torch.int64)
-    exponent = (bits - 0x3FE8000000000000) >> 52
-    n, f = exponent.to(x.dtype), (bits - (exponent << 52)).view(torch.float64) - 1.0
     s = f / (f + 2.0)
     z = s * s
     p = _horner(z, 0.6666666666666666, 0.4000000000000794, 0.2857142856727593, 0.2222222304835181, 0.18181737626289324,
