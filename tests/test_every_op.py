@@ -100,6 +100,24 @@ def test_compiles_whole(case):
 
 
 @each_case
+def test_inductor_and_export(case):
+    arguments = case.arguments(Make(), (3, 37))
+    outputs = case.function(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    class Module(torch.nn.Module):
+        def forward(self, arguments):
+            return case.function(**arguments)
+
+    torch._dynamo.reset()
+    exported = torch.export.export(Module(), (arguments,)).module()
+    for function in (torch.compile(Module(), fullgraph=True), exported):
+        got = function(arguments)
+        for a, b in zip(got if isinstance(got, tuple) else (got,), outputs, strict=True):
+            assert torch.equal(a, b)
+
+
+@each_case
 def test_functional_transforms(case):
     """vmap and forward mode take the reference, and are right."""
     arguments = case.arguments(Make(torch.float64), (2, 4, 3))
