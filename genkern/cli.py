@@ -26,7 +26,7 @@ def main(argv=None):
         hint = f"; did you mean {close[0]!r}?" if close else f"; the commands are {', '.join(COMMANDS)}"
         print(f"genkern: no command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    return COMMANDS[argv[0]](argv[1:]) or 0
+    return int(COMMANDS[argv[0]](argv[1:]) or 0)
 
 
 @command
