@@ -223,7 +223,7 @@ def test_bench_measures_and_compares(tmp_path, capsys):
     out = tmp_path / "a.json"
     assert bench.main(["gaussian_kl", "--shape", "8x64", "--rounds", "3", "--no-compile", "--json", str(out)]) == 0
     assert "gaussian_kl" in capsys.readouterr().out
-    assert bench.main(["compare", str(out), str(out)]) is False
+    assert bench.main(["compare", str(out), str(out)]) == 0
     import json
 
     run = json.loads(out.read_text())

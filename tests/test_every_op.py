@@ -8,10 +8,10 @@ from genkern import core
 from genkern.testing import LAYOUTS, Make, all_cases, backends, check, refuse_wide_types
 
 CASES = all_cases()
-BACKENDS = ["reference", *backends()]
+PAIRS = [(case, backend) for case in CASES.values() for backend in ("reference", *backends(op=case.name))]
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_case_and_backend = pytest.mark.parametrize(("case", "backend"), PAIRS, ids=[f"{b}-{c.name}" for c, b in PAIRS])
 each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda t: str(t).split(".")[1])
 
 
@@ -19,8 +19,7 @@ def test_every_op_that_differentiates_has_a_case():
     assert {op.name for op in core.OPS.values() if op._differentiable} <= set(CASES)
 
 
-@each_case
-@each_backend
+@each_case_and_backend
 @each_type
 def test_values_and_gradients(case, backend, dtype):
     for variant in case.variants:
@@ -28,16 +27,25 @@ def test_values_and_gradients(case, backend, dtype):
             check(case, backend, shape, dtype, variant=variant)
 
 
-@each_case
-@each_backend
+@each_case_and_backend
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda t: str(t).split(".")[1])
+def test_other_forms_of_the_arguments(case, backend, dtype):
+    for form in case.other_forms():
+        for variant in form.variants:
+            for shape in form.shapes:
+                check(form, backend, shape, dtype, variant=variant)
+        for layout in LAYOUTS:
+            check(form, backend, max(form.shapes, key=len), dtype, layout=layout)
+
+
+@each_case_and_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(case, backend, layout):
     for shape in case.shapes:
         check(case, backend, shape, torch.float32, layout=layout)
 
 
-@each_case
-@each_backend
+@each_case_and_backend
 def test_expanded_gradient(case, backend):
     """sum().backward() hands the op a gradient of stride 0."""
     arguments = case.arguments(Make(), (5, 37))
@@ -60,7 +68,7 @@ def test_mixed_types(case):
         first = next(n for n, a in arguments.items() if a.is_floating_point())
         arguments[first] = arguments[first].to(narrow)
         results = []
-        for backend in ("reference", *backends()):
+        for backend in ("reference", *backends(op=case.name)):
             with genkern.backend(backend):
                 outputs = case.function(**arguments)
             results.append(outputs if isinstance(outputs, tuple) else (outputs,))
@@ -70,11 +78,10 @@ def test_mixed_types(case):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@each_case
-@each_backend
+@each_case_and_backend
 def test_second_order(case, backend):
-    for variant in case.variants[:2]:
-        arguments = case.arguments(Make(torch.float64), (2, 3))
+    for form, variant in [*((case, v) for v in case.variants[:2]), *((f, {}) for f in case.other_forms())]:
+        arguments = form.arguments(Make(torch.float64), (2, 3))
         names = [n for n, a in arguments.items() if a.is_floating_point()]
         rest = {n: a for n, a in arguments.items() if n not in names}
         function = lambda *leaves, rest=rest, names=names, variant=variant: case.function(
@@ -139,7 +146,7 @@ def test_functional_transforms(case):
 @each_case
 def test_autocast_changes_nothing(case):
     arguments = case.arguments(Make(), (3, 37))
-    for backend in BACKENDS:
+    for backend in ("reference", *backends(op=case.name)):
         with genkern.backend(backend):
             outside = case.function(**arguments)
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -148,8 +155,7 @@ def test_autocast_changes_nothing(case):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@each_case
-@each_backend
+@each_case_and_backend
 def test_same_bits_every_run_and_thread_count(case, backend):
     threads = torch.get_num_threads()
     seen = []

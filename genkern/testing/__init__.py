@@ -1,21 +1,39 @@
 """Check and measure an op of your own against its reference, the way genkern's are.
 
-    import torch, genkern.testing as gt
+    import math, torch
+    import genkern.testing as gt
+    from genkern import core
 
-    def scale(x, s):                       # the function users call; `genkern.core.Op` picks the backend inside
-        return my_op(x, s)
+    op = core.Op(  # the reference serves wherever no kernel exists
+        "scale", "(Tensor x, Tensor s) -> Tensor",
+        reference=lambda x, s: x * torch.exp(s), fake=lambda x, s: torch.empty_like(x), differentiable=("x", "s"),
+    )
+
+    @core.implements("cpu", "scale")  # "triton": a launcher; C++ kernels register themselves
+    def kernel(x, s):
+        return x.contiguous() * s.exp()
+
+    @core.implements("cpu", "scale_backward")
+    def kernel_backward(grad, x, s):
+        return [grad * s.exp(), grad * x * s.exp()]
+
+    def scale(x, s):  # the function users call
+        return op(x, s)
 
     CASE = gt.Case(
         scale,
-        lambda make, shape: dict(x=make(shape), s=make(shape)),    # tensors made for the type and layout under test
-        shapes=[(3, 5), (0, 4), (1, 1), (2, 1031)],
-        eager=lambda x, s: x * torch.exp(s),                       # what people write today: the baseline of the bench
+        lambda make, shape: {"x": make(shape), "s": make(shape)},  # made for the type and layout under test
+        shapes=((3, 5), (0, 4), (1, 1), (2, 1031)),
+        eager=lambda x, s: x * torch.exp(s),  # what people write today: the baseline of the bench
         bytes=lambda shape, size: 3 * size * math.prod(shape),
     )
-    gt.check(CASE, "cpu", (3, 5), torch.float32)                   # AssertionError that names the output or gradient that is wrong
+    for shape in CASE.shapes:
+        for layout in gt.LAYOUTS:
+            gt.check(CASE, "cpu", shape, torch.float32, layout=layout)  # AssertionError that names what is wrong
 
-A check compares a backend with the reference evaluated in float64 on the same inputs and noise: its error may be at most twice that
-of the reference in the type under test, plus a few units in the last place. Gradients likewise.
+A check compares a backend with the reference evaluated in float64 on the same inputs and noise: its error may be at
+most twice that of the reference in the type under test, plus a few units in the last place; where the reference is
+infinite or NaN, the backend must be too. Gradients likewise.
 """
 
 from genkern.testing._case import LAYOUTS, Case, Make, all_cases

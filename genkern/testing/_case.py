@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,7 @@ class Case:
 
     function    called as function(**arguments(make, shape), **variant)
     arguments   (Make, shape) -> keyword arguments; its floating-point tensors are the ones differentiated
+    forms       other ways to give the arguments, as `arguments`: optional inputs, combined inputs
     shapes      of the tests: small, with empty, odd and prime sizes
     variants    keyword arguments, each tested
     eager       the code people write today, with the arguments' names: the baseline of the bench
@@ -45,6 +46,7 @@ class Case:
 
     function: Callable
     arguments: Callable
+    forms: tuple = ()
     shapes: tuple = ()
     variants: tuple = ({},)
     eager: Callable | None = None
@@ -55,6 +57,10 @@ class Case:
     @property
     def name(self):
         return self.function.__name__
+
+    def other_forms(self):
+        """This case once for each other way to give its arguments, at fewer shapes."""
+        return [replace(self, arguments=form, forms=(), shapes=self.shapes[::2]) for form in self.forms]
 
 
 _MODULES = ("genkern.ops.vae._reparameterize", "genkern.ops.vae._gaussian_kl")

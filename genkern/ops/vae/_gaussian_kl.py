@@ -62,10 +62,26 @@ BENCH_SHAPES = ((8, 64), (128, 128), (8, 4, 128, 128), (256, 4096))
 LATENT_VARIANTS = ({"clamp": (-0.5, 0.7)}, {"clamp": "soft5"})
 KL_VARIANTS = ({}, {"free_bits": 0.3}, {"reduction": "element"}, {"reduction": "total"}, *LATENT_VARIANTS)
 
+
+def _learned_prior(make, shape):
+    return {name: make(shape) for name in ("mu", "log_var", "prior_mu", "prior_log_var")}
+
+
+def combined_moments(make, shape):
+    return {"mu": make((shape[0], 2 * shape[1], *shape[2:]))}
+
+
+def _combined_moments_and_prior(make, shape):
+    return combined_moments(make, shape) | {"prior_mu": combined_moments(make, shape)["mu"]}
+
+
+KL_FORMS = (_learned_prior, combined_moments, _combined_moments_and_prior)
+
 CASES = (
     Case(
         gaussian_kl,
         lambda make, shape: {"mu": make(shape), "log_var": make(shape)},
+        forms=KL_FORMS,
         shapes=SHAPES,
         variants=KL_VARIANTS,
         eager=_eager,

@@ -7,7 +7,7 @@ import torch
 from genkern import random
 from genkern.core import Op
 from genkern.ops.vae import _latent
-from genkern.ops.vae._gaussian_kl import BENCH_SHAPES, KL_VARIANTS, LATENT_VARIANTS, SHAPES
+from genkern.ops.vae._gaussian_kl import BENCH_SHAPES, KL_FORMS, KL_VARIANTS, LATENT_VARIANTS, SHAPES, combined_moments
 from genkern.testing._case import Case
 
 
@@ -123,10 +123,19 @@ def _arguments(make, shape):
     return {"mu": make(shape), "log_var": make(shape), "key": random.key(11, device=make.device)}
 
 
+def _key_per_sample(make, shape):
+    return _arguments(make, shape) | {"key": random.split(random.key(11, device=make.device), shape[0])}
+
+
+def _keyed(form):
+    return lambda make, shape: form(make, shape) | {"key": random.key(11, device=make.device)}
+
+
 CASES = (
     Case(
         reparameterize,
         _arguments,
+        forms=(_key_per_sample, _keyed(combined_moments)),
         shapes=SHAPES,
         variants=({}, *LATENT_VARIANTS),
         eager=_eager,
@@ -137,6 +146,7 @@ CASES = (
     Case(
         reparameterize_kl,
         _arguments,
+        forms=(_key_per_sample, *map(_keyed, KL_FORMS)),
         shapes=SHAPES,
         variants=KL_VARIANTS,
         eager=_eager_kl,
