@@ -1,4 +1,5 @@
-"""Counter-based random numbers: the same key gives the same noise, on every device, backend and number of threads.
+"""Counter-based random numbers: the same key gives the same noise, on every backend and number of threads, by construction on every
+device (the GPU kernels were so far compared in emulation and in Triton's interpreter only).
 
     key = genkern.random.key(42)
     x = genkern.random.normal(key, (256, 4096))                       # element e depends on the key and on e alone
@@ -15,7 +16,7 @@ import math
 
 import torch
 
-from genkern.core._op import _transforming as transforming
+from genkern.core._op import transforming
 from genkern.ops.random import _random
 from genkern.ops.random._random import STREAM_VERSION
 

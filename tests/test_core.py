@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,23 @@ def test_missing_backend_raises_with_the_reason():
         pass
     with genkern.backend("cuda"):  # binds CUDA tensors: others keep their default
         assert gaussian_kl(*latent(3, 5)).shape == (3,)
+
+
+def test_an_op_with_a_reference_alone_works_and_trains():
+    op = core.Op(
+        "test_only_reference", "(Tensor x) -> Tensor", reference=lambda x: x * x, fake=torch.empty_like, differentiable=("x",)
+    )
+    try:
+        x = torch.ones(3, requires_grad=True)
+        assert op.available("cpu")["cpu"] is not None and op.default("cpu")[0] == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            op(x).sum().backward()
+        assert x.grad.eq(2).all()
+        with genkern.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced but cannot be used"):
+            op(x)
+    finally:
+        del core.OPS["test_only_reference"]
 
 
 def test_strict_explain_and_the_one_warning(monkeypatch):

@@ -235,10 +235,10 @@ GK_FN void store_first(float* p, lane_f32 x, int count) {
   for (int i = 0; i < count; i++) p[i] = x[i];
 #endif
 }
-GK_FN double sum_first(double x, int count) { return count ? x : 0.0; }
-GK_FN double sum_first(lane_f32 x, int count) {  // fixed order
+GK_FN double sum_lanes(double x) { return x; }
+GK_FN double sum_lanes(lane_f32 x) {  // fixed order
   double total = 0;
-  for (int i = 0; i < kLanes; i++) total += i < count ? static_cast<double>(x[i]) : 0.0;
+  for (int i = 0; i < kLanes; i++) total += static_cast<double>(x[i]);
   return total;
 }
 GK_FN lane_f32 keep_first(lane_f32 x, int count) {  // the others become zero

@@ -143,7 +143,7 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   }
   for (int k = 0; k < F::kOutputs; k++)
     if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
-  for (int k = 0; k < F::kSums; k++) sums[k] = sum_first(total[k], kCount);
+  for (int k = 0; k < F::kSums; k++) sums[k] = sum_lanes(total[k]);
 }
 
 // ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile

@@ -15,18 +15,10 @@ struct Draw {
   }
 };
 
-struct DrawBits {
+template <class Distribution>
+struct DrawUnscaled {
   static constexpr int kInputs = 0, kRowInputs = 0, kOutputs = 1, kSums = 0;
-  Bits noise;
-  template <class V>
-  GK_FN void operator()(const V*, const V*, V value, V* out, V*) const {
-    out[0] = value;
-  }
-};
-
-struct DrawBernoulli {
-  static constexpr int kInputs = 0, kRowInputs = 0, kOutputs = 1, kSums = 0;
-  Bernoulli noise;
+  Distribution noise;
   template <class V>
   GK_FN void operator()(const V*, const V*, V value, V* out, V*) const {
     out[0] = value;
@@ -52,7 +44,7 @@ void draw_uniform(Tensor key, Tensor out, double scale, double shift) {  // as m
   draw(Draw<Uniform>{uniform, scale, shift}, key, out);
 }
 
-void draw_bits(Tensor key, Tensor out, double, double) { draw(DrawBits{}, key, out); }
+void draw_bits(Tensor key, Tensor out, double, double) { draw(DrawUnscaled<Bits>{}, key, out); }
 
 void draw_bernoulli(Tensor key, Tensor out, double p, double) {
   const uint64_t below = static_cast<uint64_t>(p * 4294967296.0 + 0.5);  // words that give 1
@@ -60,7 +52,7 @@ void draw_bernoulli(Tensor key, Tensor out, double p, double) {
     torch::stable::zero_(out);
     return;
   }
-  DrawBernoulli f;
+  DrawUnscaled<Bernoulli> f;
   f.noise.last = static_cast<uint32_t>(below - 1);
   draw(f, key, out);
 }

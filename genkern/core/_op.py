@@ -38,7 +38,7 @@ def implements(backend, name):
     return register
 
 
-def _transforming():
+def transforming():
     """Inside vmap, grad, jvp ... of torch.func, or in forward-mode differentiation: only plain torch operations are right there."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -103,13 +103,14 @@ class Op:
             if importlib.util.find_spec("triton") is None:
                 return "triton is not installed"
             if importlib.util.find_spec(module) is None:
-                return "no Triton kernel exists"
+                return "no kernel exists for this op"
             importlib.import_module(module)
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::_{self.name}", key):
             return None
-        if name == "emulated":
-            return "the emulated library is not loaded"
-        return _backends.libraries()[name][1] if name in ("cpu", "cuda") else "no Triton kernel exists"
+        if name == "triton":
+            return "no kernel exists for this op"
+        why_not_loaded = _backends.libraries().get(name, (None, f"the {name} library is not loaded"))[1]
+        return why_not_loaded or "no kernel exists for this op"
 
     def _settle(self, device_type):
         why = f"no kernels exist for {device_type} tensors"
@@ -130,7 +131,7 @@ class Op:
         name = _backends.forced()
         if name == "reference":
             return name, None
-        if _transforming():
+        if transforming():
             return "reference", None
         if name is not None and BACKENDS[name].device == device_type:
             if device_type != "cpu" or name != self._default["cpu"][0]:
@@ -229,7 +230,7 @@ def explain(name, *args):
     device_type = args[op.device_of].device.type
     if _backends.forced() == "reference":
         return ['backend "reference" is forced']
-    if _transforming():
+    if transforming():
         return ["inside a torch.func transform or forward-mode differentiation the reference is taken"]
     choice, why = op._choose(device_type)
     reasons = [] if why is None else [why]
