@@ -7,7 +7,7 @@ BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
 python = $(VENV)/bin/python
 native = setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: test bench wheel check-abi format lint
+.PHONY: test bench native wheel check-abi format lint
 
 test: $(VENV)/built
 	$(python) -m pytest
@@ -21,6 +21,14 @@ $(VENV)/built: $(native)
 	$(python) -m pip install $(BUILD_TOOLS) "$(TORCH)" "$(TRITON)"
 	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation -e ".[test,dev]"
 	touch $@
+
+# The inner loop of kernel work: only the CPU library of this machine's instruction set, rebuilt where a source changed.
+SET ?= $(shell $(python) -c "import torch; print({'AVX512': 'avx512', 'AVX2': 'avx2'}.get(torch.backends.cpu.get_cpu_capability(), 'base'))")
+native:
+	test -d build/native || $(python) -m cmake -S . -B build/native -GNinja -DGENKERN_HOST=OFF \
+	  -DGENKERN_TORCH_DIR=$$($(python) -c "import os, torch; print(os.path.dirname(torch.__file__))")
+	$(python) -m cmake --build build/native --target _C_cpu_$(SET)
+	cp build/native/_C_cpu_$(SET).so genkern/
 
 # One wheel per Python version, since the host module is built for one; the torch-facing libraries inside are the same.
 wheel: $(VENV)/built

@@ -80,9 +80,7 @@ _library.impl(
     lambda device: torch.empty(2, dtype=torch.int64, device=device).random_(),
     "CompositeExplicitAutograd",
 )
-torch.library.register_fake(
-    "genkern::_draw_key", lambda device: torch.empty(2, dtype=torch.int64, device=device), lib=_library
-)
+torch.library.register_fake("genkern::_draw_key", lambda device: torch.empty(2, dtype=torch.int64, device=device), lib=_library)
 
 
 def _signed(x):

@@ -16,9 +16,7 @@ from genkern.testing import Make, all_cases, bench, check
 
 KEY = random.key(3)
 OP = core.OPS["reparameterize_kl"]
-needs_cpu_kernels = pytest.mark.skipif(
-    OP.available("cpu")["cpu"] is not None, reason=f"no CPU kernels: {OP.available('cpu')['cpu']}"
-)
+needs_cpu_kernels = pytest.mark.skipif(OP.available("cpu")["cpu"] is not None, reason=f"no CPU kernels: {OP.available('cpu')['cpu']}")
 
 
 def latent(*shape, dtype=torch.float32):
@@ -73,9 +71,7 @@ def test_missing_backend_raises_with_the_reason():
 
 
 def test_an_op_with_a_reference_alone_works_and_trains():
-    op = core.Op(
-        "test_only_reference", "(Tensor x) -> Tensor", reference=lambda x: x * x, fake=torch.empty_like, differentiable=("x",)
-    )
+    op = core.Op("test_only_reference", "(Tensor x) -> Tensor", reference=lambda x: x * x, fake=torch.empty_like, differentiable=("x",))
     try:
         x = torch.ones(3, requires_grad=True)
         assert op.available("cpu")["cpu"] is not None and op.default("cpu")[0] == "reference"

@@ -202,6 +202,42 @@ GK_FN V tanh(V x) {
   return e / (e + 2);
 }
 
+GK_FN float log(float x) { return ::logf(x); }
+GK_FN double log(double x) { return ::log(x); }
+GK_FN float log1p(float x) { return ::log1pf(x); }
+GK_FN double log1p(double x) { return ::log1p(x); }
+#ifndef __CUDACC__
+GK_FN lane_f32 log(lane_f32 x) {  // x = 2^n m, m in [3/4, 3/2); log 0 is -infinity, of negative numbers NaN
+  const lane_i32 tiny = x < 0x1p-126f;
+  const lane_f32 scaled = tiny ? x * 0x1p23f : x;
+  const lane_i32 bits = bitcast<lane_i32>(scaled), exponent = (bits - 0x3f400000) >> 23;
+  const lane_f32 n = to_float<lane_f32>(exponent) - (tiny ? splat<lane_f32>(23) : lane_f32{});
+  const lane_f32 f = bitcast<lane_f32>((lane_u32)bits - ((lane_u32)exponent << 23)) - 1.0f, z = f * f;
+  lane_f32 y = horner_fma(f, 0.3333334, -0.25000164, 0.19999579, -0.16655323, 0.14276786, -0.12728232, 0.11697098, -0.091079414,
+                          0.03762157) * f * z;
+  y = fma(n, splat<lane_f32>(1.4286068203e-6), y);
+  y = fma(z, splat<lane_f32>(-0.5), y);
+  y = fma(n, splat<lane_f32>(0.693145751953125), f + y);
+  y = x < __builtin_inff() ? y : x;  // keeps infinity and NaN
+  y = x == 0.0f ? splat<lane_f32>(-__builtin_inff()) : y;
+  return x < 0.0f ? splat<lane_f32>(__builtin_nanf("")) : y;
+}
+GK_FN lane_f32 log1p(lane_f32 x) {  // ln u + what rounding u = 1 + x lost, relative to u
+  const lane_f32 u = x + 1.0f, y = log(u) + (x - (u - 1.0f)) / u;
+  return x > -1.0f && x < __builtin_inff() ? y : log(u);
+}
+#endif
+
+template <class V>
+GK_FN V sigmoid(V x) {
+  return 1.0f / (exp(-x) + 1.0f);
+}
+template <class V>
+GK_FN V softplus(V x) {  // ln(1 + e^x); ln sigmoid(x) = -softplus(-x)
+  const V positive = x < 0 ? V{} : x, negative = x < 0 ? x : -x;
+  return positive + log1p(exp(negative));
+}
+
 // ---- memory (CPU): kCount numbers, or the first `count` of them with the rest zero
 
 #ifndef __CUDACC__

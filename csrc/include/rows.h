@@ -23,6 +23,7 @@ namespace gk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 // ---- description
 
@@ -48,6 +49,12 @@ inline Storage storage_of(ScalarType type) {
     default: STD_TORCH_CHECK(false, "unsupported dtype"); return Storage::kFloat;
   }
 }
+
+inline ScalarType promote(ScalarType a, ScalarType b) {  // of floating types, as torch does
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType sum_type(ScalarType a) { return a == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 inline int64_t element_bytes(Storage storage) {
   switch (storage) {

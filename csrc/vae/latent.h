@@ -181,8 +181,6 @@ struct ReparameterizeKlBackward {
 
 // ---- tensors
 
-using MaybeTensor = std::optional<Tensor>;
-
 // Mean and log-variance as rows, from two tensors or from the two halves (N, 2C, ...) of one along dimension 1.
 class Moments {
  public:
@@ -208,12 +206,6 @@ inline Tensor empty_like_mu(const Tensor& mu, bool both, ScalarType type) {
   if (both) shape[1] /= 2;
   return torch::stable::new_empty(mu, shape, type);
 }
-
-inline ScalarType promote(ScalarType a, ScalarType b) {  // of floating types, as torch does
-  if (a == b) return a;
-  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-inline ScalarType sum_type(ScalarType a) { return a == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // Gradients in the order of the arguments: one tensor for each that is there.
 class MomentsGradient {

@@ -53,10 +53,11 @@ class Op:
     differentiable  names of the arguments that have gradients; the raw op `_<name>_backward(grad outputs, all arguments)` returns
                     those of the arguments that are not None
     device_of       position of the argument whose device chooses the backend
+    eager_below     on the CPU, the reference serves calls in which that argument has fewer elements: measured to be faster there
     """
 
-    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0):
-        self.name, self.reference, self.device_of = name, reference, device_of
+    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, eager_below=0):
+        self.name, self.reference, self.device_of, self.eager_below = name, reference, device_of, eager_below
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
@@ -71,13 +72,14 @@ class Op:
             b: getattr(getattr(torch.ops, n), f"_{name}_backward").default for b, (n, _, _) in BACKENDS.items()
         }
         self._function = self._autograd_function() if differentiable else None
+        self._with_backward: set = set()  # backends that have a kernel for the backward pass too
         self._default: dict = {}  # device type -> (backend, None or why it is the reference)
         _backends.libraries()
         self._settle("cpu")
         OPS[name] = self
 
     def __call__(self, *args):
-        choice, why = self._choose(args[self.device_of].device.type)
+        choice, why = self._choose(args[self.device_of])
         if not torch.compiler.is_compiling():
             _backends.count(self.name, choice)
             if why is not None:
@@ -105,7 +107,10 @@ class Op:
             if importlib.util.find_spec(module) is None:
                 return "no kernel exists for this op"
             importlib.import_module(module)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::_{self.name}", key):
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if has_kernel(f"{namespace}::_{self.name}", key):
+            if self._backward and has_kernel(f"{namespace}::_{self.name}_backward", key):
+                self._with_backward.add(name)
             return None
         if name == "triton":
             return "no kernel exists for this op"
@@ -126,9 +131,9 @@ class Op:
             why = f"{name}: {missing}"
         self._default[device_type] = ("reference", why)
 
-    def _choose(self, device_type):
-        """(backend, None or why a slow path is taken)."""
-        name = _backends.forced()
+    def _choose(self, tensor):
+        """(backend, None or why a slow path is taken) for a call whose choosing argument is this tensor."""
+        device_type, name = tensor.device.type, _backends.forced()
         if name == "reference":
             return name, None
         if transforming():
@@ -139,6 +144,8 @@ class Op:
                 if missing is not None:
                     raise RuntimeError(f"{self.name}: backend {name!r} was forced but cannot be used: {missing}")
             return name, None
+        if self.eager_below and device_type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() < self.eager_below:
+            return "reference", None
         return self.default(device_type)
 
     def default(self, device_type):
@@ -186,11 +193,15 @@ class Op:
             def backward(ctx, *grads):
                 tensors = dict(zip(op._tensors, ctx.saved_tensors, strict=True))
                 args = [tensors.get(i, a) for i, a in enumerate(ctx.rest)]
+                choice = ctx.choice if ctx.choice in op._with_backward else "reference"
+                if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                    _backends.count(op.name + "_backward", choice)
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
                     got = op._differentiate_reference(args, grads)
+                elif choice == "reference":  # a kernel for the forward pass alone
+                    with torch.enable_grad():
+                        got = op._differentiate_reference(args, grads)
                 else:
-                    if not torch.compiler.is_compiling():
-                        _backends.count(op.name + "_backward", ctx.choice)
                     got = iter(op._backward[ctx.choice](*grads, *args))
                     got = {i: next(got) for i in op._differentiable if args[i] is not None}
                 return (None, *[got.get(i) for i in range(len(args))])
@@ -227,13 +238,14 @@ def _warn_once(why):
 def explain(name, *args):
     """Why a fast path is not taken for these (positional, raw) arguments of op `name`: a list of sentences, empty if it is."""
     op = OPS[name]
-    device_type = args[op.device_of].device.type
     if _backends.forced() == "reference":
         return ['backend "reference" is forced']
     if transforming():
         return ["inside a torch.func transform or forward-mode differentiation the reference is taken"]
-    choice, why = op._choose(device_type)
+    choice, why = op._choose(args[op.device_of])
     reasons = [] if why is None else [why]
+    if choice == "reference" and why is None:
+        reasons.append(f"below {op.eager_below} elements the reference is faster (measured)")
     reasons += [
         f"argument {i} is not contiguous and is copied first"
         for i, argument in enumerate(args)

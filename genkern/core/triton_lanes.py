@@ -32,9 +32,7 @@ def launch(kernel, like, rows, width, *args, **constants):
     tile_rows, columns = tile_shape(width)
     programs = triton.cdiv(rows, tile_rows) * triton.cdiv(width, columns)
     with torch.cuda.device_of(like):
-        kernel[(programs,)](
-            *args, rows, width, ROWS=tile_rows, COLUMNS=columns, num_warps=4, enable_fp_fusion=False, **constants
-        )
+        kernel[(programs,)](*args, rows, width, ROWS=tile_rows, COLUMNS=columns, num_warps=4, enable_fp_fusion=False, **constants)
 
 
 def real(x):
@@ -142,6 +140,47 @@ def _sqrt(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def log(x):
+    """log 0 is -infinity, of negative numbers NaN; keeps infinity and NaN."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        tiny = x < 1.1754943508222875e-38
+        bits = tl.where(tiny, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F400000) >> 23
+        n = exponent.to(tl.float32) - tl.where(tiny, 23.0, 0.0)
+        f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+        z = f * f
+        p = tl.fma(tl.fma(f, 0.03762157, -0.091079414), f, 0.11697098)
+        p = tl.fma(tl.fma(tl.fma(p, f, -0.12728232), f, 0.14276786), f, -0.16655323)
+        p = tl.fma(tl.fma(tl.fma(p, f, 0.19999579), f, -0.25000164), f, 0.3333334)
+        y = tl.fma(z, -0.5, tl.fma(n, 1.4286068203e-6, p * f * z))
+        y = tl.fma(n, 0.693145751953125, f + y)
+        y = tl.where(x < float("inf"), y, x)
+        y = tl.where(x == 0.0, float("-inf"), y)
+        return tl.where(x < 0.0, float("nan"), y)
+
+
+@triton.jit
+def log1p(x):
+    """ln u + what rounding u = 1 + x lost, relative to u."""
+    u = x + 1.0
+    y = log(u)
+    return tl.where((x > -1.0) & (x < float("inf")), y + _divide(x - (u - 1.0), u), y)
+
+
+@triton.jit
+def sigmoid(x):
+    return _divide(tl.full(x.shape, 1.0, x.dtype), exp(x * -1.0) + 1.0)
+
+
+@triton.jit
+def softplus(x):
+    """ln(1 + e^x); ln sigmoid(x) = -softplus(-x)."""
+    return tl.where(x < 0.0, 0.0, x) + log1p(exp(tl.where(x < 0.0, x, x * -1.0)))
 
 
 @triton.jit

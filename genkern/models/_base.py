@@ -22,10 +22,34 @@ class Output(NamedTuple):
     parts: dict
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Defaults with which `genkern train` trains a model; every one of them is an option there."""
+
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip_grad_norm: float | None = None
+    ema: float | None = None  # decay of the averaged weights that are evaluated, sampled from and kept; None: the weights themselves
+
+
 class Model(torch.nn.Module):
-    """A module made from one config dataclass, which `Config` names, and saved as config.json and model.safetensors."""
+    """A module made from one config dataclass, which `Config` names, and saved as config.json and model.safetensors.
+
+    What a model states about itself for the shared tools (genkern.train and the command line):
+    training    its Training defaults
+    conditions  names of the keyword arguments of forward, sample and log_prob that a data set supplies, such as ("labels",)
+    """
 
     Config: type
+    training = Training()
+    conditions: tuple = ()
+
+    @classmethod
+    def config_for(cls, data, **settings):
+        """The Config for a genkern.data set (its shape, levels and classes), with the user's settings on top."""
+        raise TypeError(f"{cls.__name__} does not say how it fits a data set: construct it from {cls.Config.__name__}")
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

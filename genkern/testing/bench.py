@@ -6,6 +6,7 @@ Before a case is timed its check must pass, and stats() must show that the named
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import platform
@@ -106,20 +107,15 @@ def _copy_of(size):
     return lambda: target.copy_(source)
 
 
-def _call(function, arguments, backward):
-    if not backward:
+def _call(function, arguments, leaves):
+    """The call to time; with the names of leaves it includes the backward pass to them."""
+    if not leaves:
         return lambda: function(**arguments)
-    leaves = {n: a.detach().requires_grad_() if a.is_floating_point() else a for n, a in arguments.items()}
-    wanted = [a for a in leaves.values() if a.requires_grad]
-    outputs = function(**leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [torch.ones_like(o) for o in outputs]
-
-    def call():
-        got = function(**leaves)
-        torch.autograd.grad(got, wanted, grads if isinstance(got, tuple) else grads[0])
-
-    return call
+    arguments = {n: a.detach().requires_grad_() if n in leaves else a for n, a in arguments.items()}
+    wanted = [arguments[n] for n in leaves]
+    outputs = function(**arguments)
+    grads = [torch.ones_like(o) for o in outputs] if isinstance(outputs, tuple) else torch.ones_like(outputs)
+    return lambda: torch.autograd.grad(function(**arguments), wanted, grads)
 
 
 def _compiled(function):
@@ -133,22 +129,24 @@ def case_rows(case, backend, shapes, dtype, compiled):
     for shape in shapes:
         arguments = case.arguments(Make(dtype), shape)
         arguments.pop("key", None)  # a fair race: both sides draw fresh noise in every call
-        for mode in ("forward", "forward+backward"):
-            backward = mode != "forward"
-            check(case, backend, shape, dtype)
+        leaves = case.differentiable(arguments)
+        check(case, backend, shape, dtype, variant=case.bench_variant)
+        for mode in ("forward", "forward+backward") if leaves else ("forward",):
+            wanted = leaves if mode != "forward" else ()
             genkern.reset_stats()
-            size = arguments["mu"].element_size() if "mu" in arguments else 4
-            total = case.bytes(shape, size) + (case.bytes_backward(shape, size) if backward else 0)
+            total = case.bytes(shape, dtype.itemsize) + (case.bytes_backward(shape, dtype.itemsize) if wanted else 0)
             calls = {
-                "eager": _call(case.eager, arguments, backward),
-                "genkern": _call(case.function, arguments, backward),
+                "eager": _call(case.eager, arguments, wanted),
+                "genkern": _call(lambda **kw: case.function(**kw, **case.bench_variant), arguments, wanted),
                 "copy": _copy_of(total),
             }
             calls["genkern"]()
-            _must_have_run(case.name + ("_backward" if backward else ""), backend)
+            if math.prod(shape) >= core.OPS[case.name].eager_below:  # below, the reference serves, and its figure says so
+                _must_have_run(case.name + ("_backward" if wanted else ""), backend)
             if compiled:
                 torch._dynamo.reset()
-                calls["compile"] = _call(_compiled(case.eager), arguments, backward)
+                calls["compile"] = _call(_compiled(case.eager), arguments, wanted)
+            calls |= {library: _call(function, arguments, wanted) for library, function in case.peers().items()}
             yield Row(case.name, shape, dtype, mode, total, calls)
 
 
@@ -213,7 +211,8 @@ def print_row(result):
     slower = " slower" if ours["ratio"] < 1 else ""
     columns = f"{c['eager']['us']:8.1f} {ours['us']:8.1f} {ours['ratio']:7.1f} {spread:>11} {against}"
     mode = {"forward": "fwd", "forward+backward": "+bwd"}[result["mode"]]
-    print(f"{result['op']:18} {shape:11} {mode:4} {columns} {ours['of_copy']:7.0%}{slower}", flush=True)
+    peers = "".join(f"  {n} {v['genkern_ratio']:.1f}x" for n, v in c.items() if n not in ("eager", "genkern", "copy", "compile"))
+    print(f"{result['op']:18} {shape:11} {mode:4} {columns} {ours['of_copy']:7.0%}{slower}{peers}", flush=True)
 
 
 def compare(old, new, threshold=0.1):

@@ -3,6 +3,7 @@
 import math
 
 from genkern.core import Op
+from genkern.ops._common import in_working_type, same_precision
 from genkern.ops.vae import _latent
 from genkern.testing._case import Case
 
@@ -30,13 +31,13 @@ def gaussian_kl(mu, log_var=None, prior_mu=None, prior_log_var=None, *, clamp=No
     _latent.check_prior("gaussian_kl", mu, log_var, prior_mu, prior_log_var)
     low, high, soft = _latent.check_clamp("gaussian_kl", clamp)
     per_element = _latent.check_reduction("gaussian_kl", reduction, free_bits)
-    tensors = _latent.same_precision((mu, log_var, prior_mu, prior_log_var))
+    tensors = same_precision((mu, log_var, prior_mu, prior_log_var))
     kl = _op(*tensors, low, high, soft, float(free_bits), per_element)
     return kl.sum() if reduction == "total" else kl
 
 
 def _reference(mu, log_var, prior_mu, prior_log_var, low, high, soft, free_bits, per_element):
-    mu, log_var = _latent.in_working_type(*_latent.moments(mu, log_var))
+    mu, log_var = in_working_type(*_latent.moments(mu, log_var))
     mu, log_var = _latent.clamped(mu, log_var, low, high, soft)
     return _latent.divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element)
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from genkern.ops._common import FLOATS, check_device, check_float, in_working_type, promoted, working_type
 
 
 # ---- reference pieces
@@ -13,12 +13,6 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def moments(mu, log_var):
     """(mu, log_var) from two tensors, or from the two halves of one (N, 2C, ...) along dimension 1."""
     return mu.chunk(2, 1) if log_var is None else (mu, log_var)
-
-
-def in_working_type(*tensors):
-    """float32 for narrower types, float64 where one is."""
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return [t.to(dtype) for t in tensors]
 
 
 def clamped(mu, log_var, low, high, soft):
@@ -56,12 +50,8 @@ def empty_like_mu(mu, log_var, dtype):
     return mu.new_empty(shape, dtype=dtype)
 
 
-def promoted(mu, log_var):
-    return mu.dtype if log_var is None else torch.promote_types(mu.dtype, log_var.dtype)
-
-
 def empty_kl(mu, log_var, per_element):
-    dtype = torch.float64 if promoted(mu, log_var) == torch.float64 else torch.float32
+    dtype = working_type(mu, log_var)
     return empty_like_mu(mu, log_var, dtype) if per_element else mu.new_empty(mu.shape[0], dtype=dtype)
 
 
@@ -75,30 +65,23 @@ def check_moments(op, mu, log_var, names=("mu", "log_var")):
     for name, x in zip(names, (mu, log_var), strict=True):
         if x is None and name is names[1]:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{op}: {name} must be floating point (float32, float64, bfloat16, float16), got {x.dtype}")
+        check_float(op, name, x)
         if x.dim() == 0:
             raise ValueError(f"{op}: {name} needs a batch dimension, got shape ()")
     if log_var is None:
         if mu.dim() < 2 or mu.shape[1] % 2:
-            raise ValueError(
-                f"{op}: without {names[1]}, {names[0]} must hold both moments as (N, 2C, ...), got {tuple(mu.shape)}"
-            )
+            raise ValueError(f"{op}: without {names[1]}, {names[0]} must hold both moments as (N, 2C, ...), got {tuple(mu.shape)}")
     elif log_var.shape != mu.shape:
-        raise ValueError(
-            f"{op}: {names[1]} must have the shape of {names[0]}, got {tuple(mu.shape)} and {tuple(log_var.shape)}"
-        )
-    elif log_var.device != mu.device:
-        raise ValueError(f"{op}: {names[1]} must be on the device of {names[0]}, got {mu.device} and {log_var.device}")
+        raise ValueError(f"{op}: {names[1]} must have the shape of {names[0]}, got {tuple(mu.shape)} and {tuple(log_var.shape)}")
+    else:
+        check_device(op, names[1], log_var, names[0], mu)
 
 
 def _plain_pair(mu, log_var):
     """The usual case, seen at once: at small sizes the checks are a good part of the call."""
     if not isinstance(mu, torch.Tensor) or not isinstance(log_var, torch.Tensor) or mu.dtype is not log_var.dtype:
         return False
-    return mu.dtype in _FLOATS and mu.shape == log_var.shape != () and mu.device == log_var.device
+    return mu.dtype in FLOATS and mu.shape == log_var.shape != () and mu.device == log_var.device
 
 
 def check_prior(op, mu, log_var, prior_mu, prior_log_var):
@@ -110,8 +93,7 @@ def check_prior(op, mu, log_var, prior_mu, prior_log_var):
     shape, prior_shape = _shape(mu, log_var), _shape(prior_mu, prior_log_var)
     if shape != prior_shape:
         raise ValueError(f"{op}: the prior must have the shape of the posterior, got {shape} and {prior_shape}")
-    if prior_mu.device != mu.device:
-        raise ValueError(f"{op}: prior_mu must be on the device of mu, got {mu.device} and {prior_mu.device}")
+    check_device(op, "prior_mu", prior_mu, "mu", mu)
 
 
 def _shape(mu, log_var):
@@ -138,12 +120,3 @@ def check_reduction(op, reduction, free_bits):
     if not free_bits >= 0:
         raise ValueError(f"{op}: free_bits must be at least 0 nats, got {free_bits}")
     return reduction == "element"
-
-
-def same_precision(tensors):
-    """The tensors (or None), all float64 where one is: kernels mix narrower types, not float64."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return [None if t is None else t.double() for t in tensors]
-    return tensors
-

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from genkern.core import triton_lanes as lanes
+from genkern.ops._common import promoted
 from genkern.ops.vae import _latent
 
 # ---- formulas
@@ -118,7 +119,7 @@ def backward_kernel(
 def forward(mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, kl):
     """(z or None, kl or None) as their ops return them: z if there is a key; kl "", "sum" or "element"."""
     work = lanes.working_type(mu, log_var, prior_mu, prior_log_var)[0]
-    z = None if key is None else _latent.empty_like_mu(mu, log_var, _latent.promoted(mu, log_var))
+    z = None if key is None else _latent.empty_like_mu(mu, log_var, promoted(mu, log_var))
     rows, width = mu.shape[0], mu[0:1].numel() // (2 if log_var is None else 1)
     if rows * width == 0:
         return z, _latent.empty_kl(mu, log_var, kl == "element").zero_() if kl else None

@@ -6,6 +6,7 @@ import torch
 
 from genkern import random
 from genkern.core import Op
+from genkern.ops._common import in_working_type, promoted, same_precision
 from genkern.ops.vae import _latent
 from genkern.ops.vae._gaussian_kl import BENCH_SHAPES, KL_FORMS, KL_VARIANTS, LATENT_VARIANTS, SHAPES, combined_moments
 from genkern.testing._case import Case
@@ -28,7 +29,7 @@ def reparameterize(mu, log_var=None, *, key=None, generator=None, clamp=None):
     _latent.check_moments("reparameterize", mu, log_var)
     low, high, soft = _latent.check_clamp("reparameterize", clamp)
     key = _key("reparameterize", key, generator, mu)
-    mu, log_var = _latent.same_precision((mu, log_var))
+    mu, log_var = same_precision((mu, log_var))
     return _reparameterize(mu, log_var, key, low, high, soft)
 
 
@@ -53,7 +54,7 @@ def reparameterize_kl(
     low, high, soft = _latent.check_clamp("reparameterize_kl", clamp)
     per_element = _latent.check_reduction("reparameterize_kl", reduction, free_bits)
     key = _key("reparameterize_kl", key, generator, mu)
-    tensors = _latent.same_precision((mu, log_var, prior_mu, prior_log_var))
+    tensors = same_precision((mu, log_var, prior_mu, prior_log_var))
     z, kl = _reparameterize_kl(*tensors, key, low, high, soft, float(free_bits), per_element)
     return z, kl.sum() if reduction == "total" else kl
 
@@ -76,15 +77,15 @@ def _sample(mu, log_var, key):
 
 def _reference(mu, log_var, key, low, high, soft):
     mu, log_var = _latent.moments(mu, log_var)
-    dtype = torch.promote_types(mu.dtype, log_var.dtype)
-    mu, log_var = _latent.clamped(*_latent.in_working_type(mu, log_var), low, high, soft)
+    dtype = promoted(mu, log_var)
+    mu, log_var = _latent.clamped(*in_working_type(mu, log_var), low, high, soft)
     return _sample(mu, log_var, key).to(dtype)
 
 
 def _reference_kl(mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, per_element):
     mu, log_var = _latent.moments(mu, log_var)
-    dtype = torch.promote_types(mu.dtype, log_var.dtype)
-    mu, log_var = _latent.clamped(*_latent.in_working_type(mu, log_var), low, high, soft)
+    dtype = promoted(mu, log_var)
+    mu, log_var = _latent.clamped(*in_working_type(mu, log_var), low, high, soft)
     kl = _latent.divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element)
     return _sample(mu, log_var, key).to(dtype), kl
 
@@ -93,7 +94,7 @@ _reparameterize = Op(
     "reparameterize",
     "(Tensor mu, Tensor? log_var, Tensor key, float low, float high, bool soft) -> Tensor",
     reference=_reference,
-    fake=lambda mu, log_var, key, low, high, soft: _latent.empty_like_mu(mu, log_var, _latent.promoted(mu, log_var)),
+    fake=lambda mu, log_var, key, low, high, soft: _latent.empty_like_mu(mu, log_var, promoted(mu, log_var)),
     differentiable=("mu", "log_var"),
 )
 
@@ -103,7 +104,7 @@ _reparameterize_kl = Op(
     "float free_bits, bool per_element) -> (Tensor, Tensor)",
     reference=_reference_kl,
     fake=lambda mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, per_element: (
-        _latent.empty_like_mu(mu, log_var, _latent.promoted(mu, log_var)),
+        _latent.empty_like_mu(mu, log_var, promoted(mu, log_var)),
         _latent.empty_kl(mu, log_var, per_element),
     ),
     differentiable=("mu", "log_var", "prior_mu", "prior_log_var"),

@@ -21,9 +21,7 @@ def reparameterize_kl(mu, log_var, prior_mu, prior_log_var, key, low, high, soft
 
 
 @implements("triton", "reparameterize_kl_backward")
-def reparameterize_kl_backward(
-    grad_z, grad_kl, mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, per_element
-):
+def reparameterize_kl_backward(grad_z, grad_kl, mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, per_element):
     moments = mu, log_var, prior_mu, prior_log_var
     kl = "element" if per_element else "sum"
     return _latent_triton.backward(grad_z, grad_kl, *moments, key, low, high, soft, free_bits, kl)
