@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from genkern.ops._common import FLOATS, check_device, check_float, in_working_type, promoted, working_type
-
+from genkern.ops._common import FLOATS, check_device, check_float, in_working_type, working_type
 
 # ---- reference pieces
 
