@@ -85,7 +85,8 @@ _counts: dict = {}
 
 
 def count(name, choice):
-    _counts[name, choice] = _counts.get((name, choice), 0) + 1
+    call = name, choice
+    _counts[call] = _counts.get(call, 0) + 1
 
 
 def stats():

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.compiler import is_compiling
 
 from genkern.core import _backends
 from genkern.core._backends import BACKENDS, INTERPRET, PREFERENCE
@@ -57,7 +58,8 @@ class Op:
     """
 
     def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, eager_below=0):
-        self.name, self.reference, self.device_of, self.eager_below = name, reference, device_of, eager_below
+        self.name, self.backward_name, self.reference = name, f"{name}_backward", reference
+        self.device_of, self.eager_below = device_of, eager_below
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
@@ -80,14 +82,16 @@ class Op:
 
     def __call__(self, *args):
         choice, why = self._choose(args[self.device_of])
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             _backends.count(self.name, choice)
             if why is not None:
                 self._slow(why)
         if choice == "reference":
             return self._call_reference(args)
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self._differentiable):
-            return self._function.apply(choice, *args)
+        if self._differentiable and torch.is_grad_enabled():
+            for i in self._differentiable:
+                if args[i] is not None and args[i].requires_grad:
+                    return self._function.apply(choice, *args)
         return self._forward[choice](*args)
 
     # ---- choosing
@@ -144,9 +148,9 @@ class Op:
                 if missing is not None:
                     raise RuntimeError(f"{self.name}: backend {name!r} was forced but cannot be used: {missing}")
             return name, None
-        if self.eager_below and device_type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() < self.eager_below:
+        if self.eager_below and device_type == "cpu" and not is_compiling() and tensor.numel() < self.eager_below:
             return "reference", None
-        return self.default(device_type)
+        return self._default.get(device_type) or self.default(device_type)
 
     def default(self, device_type):
         """(backend that serves this device type unless one is forced, None or why it is the reference)."""
@@ -180,37 +184,42 @@ class Op:
         return fake
 
     def _autograd_function(self):
-        op = self
+        op, tensors, differentiable = self, self._tensors, self._differentiable
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, choice, *args):
-                ctx.save_for_backward(*(args[i] for i in op._tensors))
-                ctx.choice, ctx.rest = choice, [None if i in op._tensors else a for i, a in enumerate(args)]
+                ctx.save_for_backward(*[args[i] for i in tensors])
+                rest = list(args)
+                for i in tensors:
+                    rest[i] = None
+                ctx.choice, ctx.rest = choice, rest
                 return op._forward[choice](*args)
 
             @staticmethod
             def backward(ctx, *grads):
-                tensors = dict(zip(op._tensors, ctx.saved_tensors, strict=True))
-                args = [tensors.get(i, a) for i, a in enumerate(ctx.rest)]
-                choice = ctx.choice if ctx.choice in op._with_backward else "reference"
-                if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-                    _backends.count(op.name + "_backward", choice)
+                args, choice = list(ctx.rest), ctx.choice
+                for i, tensor in zip(tensors, ctx.saved_tensors, strict=True):
+                    args[i] = tensor
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-                    got = op._differentiate_reference(args, grads)
-                elif choice == "reference":  # a kernel for the forward pass alone
+                    return (None, *op._differentiate_reference(args, grads))
+                choice = choice if choice in op._with_backward else "reference"
+                if not is_compiling():
+                    _backends.count(op.backward_name, choice)
+                if choice == "reference":  # a kernel for the forward pass alone
                     with torch.enable_grad():
-                        got = op._differentiate_reference(args, grads)
-                else:
-                    got = iter(op._backward[ctx.choice](*grads, *args))
-                    got = {i: next(got) for i in op._differentiable if args[i] is not None}
-                return (None, *[got.get(i) for i in range(len(args))])
+                        return (None, *op._differentiate_reference(args, grads))
+                got, result = iter(op._backward[choice](*grads, *args)), [None] * (1 + len(args))
+                for i in differentiable:
+                    if args[i] is not None:
+                        result[1 + i] = next(got)
+                return tuple(result)
 
         Function.__name__ = Function.__qualname__ = self.name
         return Function
 
     def _differentiate_reference(self, args, grads):
-        """Gradients with a graph of their own: those of the reference, so that they can be differentiated again."""
+        """Gradients of all arguments, with a graph of their own: those of the reference, so that they can be differentiated again."""
         alias = list(args)  # aliases, because saved inputs that depend on each other would be counted twice
         for i in self._differentiable:
             alias[i] = None if args[i] is None else args[i].view_as(args[i])
@@ -221,7 +230,8 @@ class Op:
         got = torch.autograd.grad(
             [o for o, _ in pairs], [alias[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
         )
-        return dict(zip(wanted, got, strict=True))
+        got = dict(zip(wanted, got, strict=True))
+        return [got.get(i) for i in range(len(args))]
 
 
 _warned: set = set()
