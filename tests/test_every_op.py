@@ -8,16 +8,20 @@ from genkern import core
 from genkern.testing import LAYOUTS, Make, all_cases, backends, check, refuse_wide_types
 
 CASES = all_cases()
-PAIRS = [(case, backend) for case in CASES.values() for backend in ("reference", *backends(op=case.name))]
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+RUNS = [(case, backend, d) for d in DEVICES for case in CASES.values() for backend in ("reference", *backends(d, op=case.name))]
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _parametrized(runs):
+    ids = [f"{backend}{'_on_cuda' if (backend, device) == ('reference', 'cuda') else ''}-{case.name}" for case, backend, device in runs]
+    return pytest.mark.parametrize(("case", "backend", "device"), runs, ids=ids)
+
+
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_case_and_backend = pytest.mark.parametrize(("case", "backend"), PAIRS, ids=[f"{b}-{c.name}" for c, b in PAIRS])
+each_run = _parametrized(RUNS)
+each_differentiable_run = _parametrized([run for run in RUNS if run[0].constants is not None])
 each_type = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-each_differentiable = pytest.mark.parametrize(
-    ("case", "backend"),
-    [p for p in PAIRS if p[0].constants is not None],
-    ids=[f"{b}-{c.name}" for c, b in PAIRS if c.constants is not None],
-)
 
 
 def flat(outputs):
@@ -41,75 +45,71 @@ def test_every_op_has_a_case():
     assert {name for name in core.OPS if not name.startswith("random_")} == set(CASES)
 
 
-@each_case_and_backend
+@each_run
 @each_type
-def test_values_and_gradients(case, backend, dtype):
+def test_values_and_gradients(case, backend, device, dtype):
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} takes no {NAMES[dtype]}")
     for variant in case.variants:
         for shape in case.shapes:
-            check(case, backend, shape, dtype, variant=variant)
+            check(case, backend, shape, dtype, variant=variant, device=device)
 
 
-@each_case_and_backend
+@each_run
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=NAMES.get)
-def test_other_forms_of_the_arguments(case, backend, dtype):
+def test_other_forms_of_the_arguments(case, backend, device, dtype):
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} takes no {NAMES[dtype]}")
     for form in case.other_forms():
         for variant in form.variants:
             for shape in form.shapes:
-                check(form, backend, shape, dtype, variant=variant)
+                check(form, backend, shape, dtype, variant=variant, device=device)
         for layout in LAYOUTS:
-            check(form, backend, max(form.shapes, key=len), dtype, layout=layout)
+            check(form, backend, max(form.shapes, key=len), dtype, layout=layout, device=device)
 
 
-@each_case_and_backend
+@each_run
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(case, backend, layout):
+def test_layouts(case, backend, device, layout):
     for shape in case.shapes:
-        check(case, backend, shape, torch.float32, layout=layout)
+        check(case, backend, shape, torch.float32, layout=layout, device=device)
 
 
-@each_differentiable
-def test_expanded_gradient(case, backend):
+@each_differentiable_run
+def test_expanded_gradient(case, backend, device):
     """sum().backward() hands the op a gradient of stride 0."""
-    arguments = case.arguments(Make(), case.shapes[0])
+    arguments = case.arguments(Make(device=device), case.shapes[0])
     grads = {}
     for weights in ("expanded", "dense"):
         leaves = with_leaves(case, arguments)
         with genkern.backend(backend):
             for output in flat(case.function(**leaves)):
-                ones = torch.ones((), dtype=output.dtype).expand(output.shape)
+                ones = output.new_ones(()).expand(output.shape)
                 output.backward(ones if weights == "expanded" else ones.clone(), retain_graph=True)
         grads[weights] = [leaves[n].grad for n in case.differentiable(arguments)]
     assert all(torch.equal(a, b) for a, b in zip(*grads.values(), strict=True))
 
 
-@each_case
-def test_mixed_types(case):
+@each_run
+def test_mixed_types(case, backend, device):
     """Each floating-point argument in turn in another type: the kernels agree with the reference."""
-    for narrow in case.dtypes[1:]:
-        for name in [
-            n for n, a in case.arguments(Make(), case.shapes[0]).items() if isinstance(a, torch.Tensor) and a.is_floating_point()
-        ]:
-            arguments = case.arguments(Make(), case.shapes[0])
-            arguments[name] = arguments[name].to(narrow)
-            results = []
-            for backend in ("reference", *backends(op=case.name)):
-                with genkern.backend(backend):
-                    results.append(flat(case.function(**arguments)))
-            for got in results[1:]:
-                for a, b in zip(results[0], got, strict=True):
-                    assert a.dtype == b.dtype
-                    rounding = 2 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
-                    torch.testing.assert_close(a, b, rtol=max(1e-5, rounding), atol=1e-5)
+    arguments = case.arguments(Make(device=device), case.shapes[0])
+    names = [n for n, a in arguments.items() if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    for name, narrow in [(n, t) for n in names for t in case.dtypes[1:]]:
+        results = []
+        for chosen in ("reference", backend):
+            with genkern.backend(chosen):
+                results.append(flat(case.function(**(arguments | {name: arguments[name].to(narrow)}))))
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype
+            rounding = 2 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+            torch.testing.assert_close(a, b, rtol=max(1e-5, rounding), atol=1e-5)
 
 
-@each_differentiable
-def test_second_order(case, backend):
+@each_differentiable_run
+def test_second_order(case, backend, device):
     for form, variant in [*((case, v) for v in case.variants[:2]), *((f, {}) for f in case.other_forms())]:
-        function, leaves = of_leaves(form, form.arguments(Make(torch.float64), case.small), variant)
+        function, leaves = of_leaves(form, form.arguments(Make(torch.float64, device), case.small), variant)
         leaves = [leaf.requires_grad_() for leaf in leaves]
         with genkern.backend(backend):
             assert torch.autograd.gradcheck(function, leaves)
@@ -172,15 +172,15 @@ def test_autocast_changes_nothing(case):
         assert all(torch.equal(a, b) for a, b in zip(flat(outside), flat(inside), strict=True))
 
 
-@each_case_and_backend
-def test_same_bits_every_run_and_thread_count(case, backend):
+@each_run
+def test_same_bits_every_run_and_thread_count(case, backend, device):
     threads = torch.get_num_threads()
     seen = []
     try:
         for n in (1, 2, 2):
             torch.set_num_threads(n)
             with genkern.backend(backend):
-                seen.append(flat(case.function(**case.arguments(Make(), case.large))))
+                seen.append(flat(case.function(**case.arguments(Make(device=device), case.large))))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
