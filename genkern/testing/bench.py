@@ -57,13 +57,16 @@ class Row:
 # ---- timing
 
 
-def time_interleaved(calls, rounds, round_seconds=ROUND_SECONDS):
-    """{contender: [seconds per call, one for each round]}."""
+def time_interleaved(calls, rounds, round_seconds=ROUND_SECONDS, device="cpu"):
+    """{contender: [seconds per call, one for each round]}; on a GPU a round ends when the device has finished."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     number = {}
     for name, call in calls.items():
         call()
+        wait()
         start = time.perf_counter()
         call()
+        wait()
         number[name] = max(1, int(round_seconds / max(time.perf_counter() - start, 1e-7)))
     times = {name: [] for name in calls}
     for _ in range(rounds):
@@ -72,6 +75,7 @@ def time_interleaved(calls, rounds, round_seconds=ROUND_SECONDS):
             start = time.perf_counter()
             for _ in range(n):
                 call()
+            wait()
             times[name].append((time.perf_counter() - start) / n)
     return times
 
@@ -101,8 +105,8 @@ def summarize(row, times):
 # ---- what is measured
 
 
-def _copy_of(size):
-    source = torch.ones(max(1, size // 8), dtype=torch.float32)
+def _copy_of(size, device):
+    source = torch.ones(max(1, size // 8), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -125,12 +129,12 @@ def _compiled(function):
     return torch.compile(run)
 
 
-def case_rows(case, backend, shapes, dtype, compiled):
+def case_rows(case, backend, shapes, dtype, compiled, device="cpu"):
     for shape in shapes:
-        arguments = case.arguments(Make(dtype), shape)
+        arguments = case.arguments(Make(dtype, device), shape)
         arguments.pop("key", None)  # a fair race: both sides draw fresh noise in every call
         leaves = case.differentiable(arguments)
-        check(case, backend, shape, dtype, variant=case.bench_variant)
+        check(case, backend, shape, dtype, variant=case.bench_variant, device=device)
         for mode in ("forward", "forward+backward") if leaves else ("forward",):
             wanted = leaves if mode != "forward" else ()
             genkern.reset_stats()
@@ -138,7 +142,7 @@ def case_rows(case, backend, shapes, dtype, compiled):
             calls = {
                 "eager": _call(case.eager, arguments, wanted),
                 "genkern": _call(lambda **kw: case.function(**kw, **case.bench_variant), arguments, wanted),
-                "copy": _copy_of(total),
+                "copy": _copy_of(total, device),
             }
             calls["genkern"]()
             if math.prod(shape) >= core.OPS[case.name].eager_below:  # below, the reference serves, and its figure says so
@@ -150,10 +154,10 @@ def case_rows(case, backend, shapes, dtype, compiled):
             yield Row(case.name, shape, dtype, mode, total, calls)
 
 
-def draw_rows(name, backend, shapes, dtype):
+def draw_rows(name, backend, shapes, dtype, device="cpu"):
     ours, theirs = DRAWS[name]
     for shape in shapes:
-        key, out = random.key(1), torch.empty(shape, dtype=dtype)
+        key, out = random.key(1, device=device), torch.empty(shape, dtype=dtype, device=device)
         with genkern.backend("reference"):
             expected = ours(key, torch.empty_like(out)).clone()
         genkern.reset_stats()
@@ -161,7 +165,11 @@ def draw_rows(name, backend, shapes, dtype):
             raise AssertionError(f"{name} on {backend}: its bits are not those of the stream; nothing is measured")
         _must_have_run(name, backend)
         total = out.numel() * out.element_size()
-        calls = {"eager": lambda out=out: theirs(out), "genkern": lambda k=key, out=out: ours(k, out), "copy": _copy_of(2 * total)}
+        calls = {
+            "eager": lambda out=out: theirs(out),
+            "genkern": lambda k=key, out=out: ours(k, out),
+            "copy": _copy_of(2 * total, device),
+        }
         yield Row(name, shape, dtype, "forward", total, calls)
 
 
@@ -173,7 +181,7 @@ def _must_have_run(name, backend):
 # ---- report
 
 
-def machine():
+def machine(device="cpu"):
     """Where and with what a run was made."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     cpu = next(names, platform.processor())
@@ -181,6 +189,7 @@ def machine():
     git = subprocess.run(describe, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
     return {
         "schema": SCHEMA, "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "commit": git.stdout.strip() or None,
         "genkern": genkern.__version__, "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
@@ -195,7 +204,7 @@ def _lines(path):
 
 def print_header(facts):
     versions = f"torch {facts['torch']}, genkern {facts['genkern']}"
-    print(f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), {versions}")
+    print(f"{facts.get('gpu') or facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), {versions}")
     print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)")
     print("fwd: forward, +bwd: forward and backward; of copy: speed as a part of copying as many bytes\n")
     columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'x compile':>9} {'of copy':>7}"
@@ -262,6 +271,8 @@ def main(argv=None):
     parser.add_argument("ops", nargs="*", help=words)
     parser.add_argument("--shape", action="append", help="such as 256x4096; may be repeated")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backend", choices=list(core.BACKENDS), help="the backend to measure; default: the one the op uses")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="few rounds at the smaller sizes, without torch.compile")
@@ -284,28 +295,30 @@ def main(argv=None):
     unknown = [name for name in arguments.ops if name not in known]
     if unknown:
         parser.error(f"no op {unknown[0]!r}; benched are {', '.join(known)}")
-    backend = core.OPS["reparameterize"].default("cpu")[0]
-    if backend == "reference":
-        parser.error(f"nothing to measure: {core.OPS['reparameterize'].default('cpu')[1]}")
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape or ()]
     dtype = getattr(torch, arguments.dtype)
     torch.set_num_threads(arguments.threads)
     torch._inductor.config.fallback_random = True  # its own generator is several times slower on a CPU
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
-    facts, results, refused = machine(), [], {}
+    facts, results, refused = machine(arguments.device), [], {}
     print_header(facts)
     for name in arguments.ops or known:
         sizes = shapes or (DRAW_SHAPES if name in DRAWS else cases[name].bench_shapes)
         sizes = sizes[:2] if arguments.quick and not shapes else sizes
-        if name in DRAWS:
-            rows = draw_rows(name, backend, sizes, dtype)
-        else:
-            rows = case_rows(cases[name], backend, sizes, dtype, not arguments.no_compile)
+        backend = arguments.backend or core.OPS[name].default(arguments.device)[0]
         try:
-            for row in rows:
-                results.append(summarize(row, time_interleaved(row.calls, arguments.rounds)))
-                print_row(results[-1])
-        except AssertionError as error:
+            if backend == "reference":
+                raise AssertionError(f"there is nothing to measure: {core.OPS[name].default(arguments.device)[1]}")
+            if name in DRAWS:
+                rows = draw_rows(name, backend, sizes, dtype, arguments.device)
+            else:
+                rows = case_rows(cases[name], backend, sizes, dtype, not arguments.no_compile, arguments.device)
+            with genkern.backend(arguments.backend):
+                for row in rows:
+                    times = time_interleaved(row.calls, arguments.rounds, device=arguments.device)
+                    results.append(summarize(row, times))
+                    print_row(results[-1])
+        except (AssertionError, RuntimeError) as error:  # a wrong result, or no such backend here
             refused[name] = str(error)
             print(f"{name:18} REFUSED: {error}", flush=True)
     if arguments.json:
