@@ -7,7 +7,7 @@ BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
 python = $(VENV)/bin/python
 native = setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: test bench native wheel check-abi format lint
+.PHONY: test bench native gpu wheel check-abi format lint
 
 test: $(VENV)/built
 	$(python) -m pytest
@@ -29,6 +29,10 @@ native:
 	  -DGENKERN_TORCH_DIR=$$($(python) -c "import os, torch; print(os.path.dirname(torch.__file__))")
 	$(python) -m cmake --build build/native --target _C_cpu_$(SET)
 	cp build/native/_C_cpu_$(SET).so genkern/
+
+# On a machine with an NVIDIA GPU, into its own interpreter: install, tests, compute-sanitizer, verify, benches.
+gpu:
+	PYTHON=$(PYTHON) tools/gpu.sh
 
 # One wheel per Python version, since the host module is built for one; the torch-facing libraries inside are the same.
 wheel: $(VENV)/built

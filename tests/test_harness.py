@@ -51,6 +51,21 @@ def _last_element(value):
     return spoil
 
 
+# ---- sums
+
+
+@needs_cpu_kernels
+def test_a_sum_of_equal_terms_is_as_good_as_plain_torch():
+    """Equal terms round the same way at every addition: a long run of float additions drifts."""
+    for value in (0.3, 0.7, 1.9):
+        x = torch.full((1,), value).expand(3, 1031)
+        exact, kl = gaussian_kl(x.double(), x.double()), gaussian_kl(x, x)
+        with genkern.backend("reference"):
+            plain = gaussian_kl(x, x)
+        error = lambda got, exact=exact: ((got - exact).abs() / exact).max().item()
+        assert error(kl) <= 2 * error(plain) + 4 * torch.finfo(torch.float32).eps
+
+
 # ---- the comparison rule
 
 

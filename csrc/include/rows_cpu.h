@@ -119,31 +119,41 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   constexpr int kCount = Lane<V>::kCount;
   const S* in[F::kInputs + 1];
   S* out[F::kOutputs + 1];
-  V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1], total[F::kSums + 1];
+  V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
+  constexpr int kChains = F::kSums ? 4 : 1;  // of additions, independent: equal terms round the same way, so a long chain drifts
+  V chain[kChains][F::kSums + 1];
   for (int k = 0; k < F::kInputs; k++) in[k] = read(job.in[k], row, column, n, buffers[k]);
   for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
   for (int k = 0; k < F::kRowInputs; k++) {
     S one;
     row_in[k] = splat<V>(*read(job.row_in[k], row, 0, 1, &one));
   }
-  for (int k = 0; k < F::kSums; k++) total[k] = V{};
+  for (auto& total : chain)
+    for (int k = 0; k < F::kSums; k++) total[k] = V{};
   int64_t i = 0;
-  for (; i + kCount <= n; i += kCount) {
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + i);
-    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store(out[k] + i, out_lane[k]);
+  const auto whole = [&](int64_t at, V* total) {
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at);
+    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
+    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]);
     for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
-  }
+  };
+  for (; i + kChains * kCount <= n; i += kChains * kCount)
+    for (int c = 0; c < kChains; c++) whole(i + c * kCount, chain[c]);
+  for (; i + kCount <= n; i += kCount) whole(i, chain[0]);
   if (i < n) {
     const int rest = static_cast<int>(n - i);
     for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_first(in[k] + i, rest, V{});
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
     for (int k = 0; k < F::kOutputs; k++) store_first(out[k] + i, out_lane[k], rest);
-    for (int k = 0; k < F::kSums; k++) total[k] = total[k] + keep_first(term[k], rest);
+    for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + keep_first(term[k], rest);
   }
   for (int k = 0; k < F::kOutputs; k++)
     if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
-  for (int k = 0; k < F::kSums; k++) sums[k] = sum_lanes(total[k]);
+  for (int k = 0; k < F::kSums; k++) {
+    V total = chain[0][k];
+    for (int c = 1; c < kChains; c++) total = total + chain[c][k];
+    sums[k] = sum_lanes(total);
+  }
 }
 
 // ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile
