@@ -39,7 +39,7 @@ def load(path):
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')!r}, expected {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("digest") != _digest(tensors, header["state"]):
             raise ValueError("its digest does not fit its content: the file was damaged or altered")
         state = json.loads(header["state"])
