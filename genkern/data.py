@@ -1,10 +1,93 @@
-"""Data sets that come without a download."""
+"""Data sets: one that comes without a download, and what lies in a folder or file here.
+
+data = genkern.data.load("digits")               # scikit-learn's handwritten digits
+data = genkern.data.load("photos/")              # images; class subfolders give the labels          uint8 (N, C, H, W)
+data = genkern.data.load("digits.npy")           # uint8 or float images, sequences, points          as stored
+data = genkern.data.load("book.txt", length=256) # any file as bytes, in windows                     uint8 (N, length)
+data = genkern.data.load("speech/")              # 16-bit .wav files, in windows                     float (N, C, length)
+inputs, labels = data.train                      # also data.validation and data.test
+"""
+
+import dataclasses
+import difflib
+import wave
+from pathlib import Path
 
 import torch
 
 from genkern import random
 
 SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slice(1617, 1797)}
+IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+BUILT_IN = ("digits",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set in three fixed splits, each (inputs, labels): labels int64 (N,), or None where there are none."""
+
+    name: str  # what load() takes to give it again
+    train: tuple
+    validation: tuple
+    test: tuple
+    shape: tuple  # of one input: (C, H, W) images, (C, length) sound, (length,) bytes, (features,) points
+    levels: int | None  # uint8 inputs hold 0..levels; None: float inputs
+    class_names: tuple = ()  # label i is class_names[i]
+    length: int | None = None  # of the windows into which bytes and sound are cut
+    rate: int | None = None  # sound: samples per second
+
+    @property
+    def classes(self):
+        """The number of classes, 0 without labels."""
+        return len(self.class_names)
+
+    def split(self, name):
+        if name not in SPLITS:
+            raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {name!r}")
+        return getattr(self, name)
+
+
+def load(source, *, length=None):
+    """The Data of a built-in name or a path; the splits are the same on every machine.
+
+    length: of the windows into which a text or sound is cut (default 128 bytes, 1024 samples); the rest of a file is left out.
+    Images and rows of a .npy are shuffled and split 80 : 10 : 10; text and sound are split in their order, so that no window
+    of one split has its neighbours in another.
+    """
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ValueError(f"load: length must be a positive int, got {length!r}")
+    path = Path(source)
+    if str(source) in BUILT_IN:
+        _no_windows(source, length)
+        return _digits()
+    if path.is_dir():
+        files = sorted(
+            p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )
+        kinds = {p.suffix.lower() for p in files}
+        if kinds & IMAGES and ".wav" in kinds:
+            raise ValueError(f"load: {path} holds images and .wav files: give a folder of one kind")
+        if kinds & IMAGES:
+            _no_windows(source, length)
+            return _images(path, [p for p in files if p.suffix.lower() in IMAGES])
+        if ".wav" in kinds:
+            return _sound(path, [p for p in files if p.suffix.lower() == ".wav"], length or 1024)
+        found = f"{len(files)} files, but none" if files else "no file"
+        raise ValueError(f"load: {path} has {found} that ends in {', '.join(sorted(IMAGES))} or .wav")
+    if path.is_file():
+        if path.suffix.lower() == ".npy":
+            _no_windows(source, length)
+            return _npy(path)
+        if path.suffix.lower() == ".wav":
+            return _sound(path, [path], length or 1024)
+        if path.suffix.lower() in IMAGES:
+            raise ValueError(f"load: {path} is one image: give the folder of the images")
+        return _text(path, length or 128)
+    close = difflib.get_close_matches(str(source), BUILT_IN, 1)
+    if not close and path.parent.is_dir():
+        close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)]
+    hint = f"; did you mean {close[0]!r}?" if close else f"; built in: {', '.join(BUILT_IN)}"
+    raise FileNotFoundError(f"load: no data set and no file {str(source)!r}{hint}")
 
 
 def digits(split=None):
@@ -24,6 +107,142 @@ def digits(split=None):
     labels = torch.from_numpy(source.target).to(torch.int64)
     if split is None:
         return images, labels
-    # Neighbours in the source come from one writer: shuffle, by the library's own stream, which no version changes.
-    order = torch.argsort(random.bits(random.key(1797), (len(images),), dtype=torch.int64))[SPLITS[split]]
+    # Neighbours in the source come from one writer: shuffle.
+    order = _shuffled(len(images))[SPLITS[split]]
     return images[order], labels[order]
+
+
+def _digits():
+    parts = {split: digits(split) for split in SPLITS}
+    return Data("digits", **parts, shape=(1, 8, 8), levels=16, class_names=tuple("0123456789"))
+
+
+def _images(path, files):
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError('load: images need Pillow, of the extra "models": pip install "genkern[models]"') from error
+    import numpy as np
+
+    inside = [p.relative_to(path).parts for p in files]
+    classes = tuple(sorted({parts[0] for parts in inside if len(parts) > 1}))
+    if classes and any(len(parts) == 1 for parts in inside):
+        loose = next(p for p, parts in zip(files, inside, strict=True) if len(parts) == 1)
+        raise ValueError(f"load: {path} has class folders such as {classes[0]} and, beside them, the image {loose.name}")
+    if "train" in classes and {"test", "val", "valid", "validation"} & set(classes):
+        raise ValueError(f"load: {path} is split into {', '.join(classes)} already: give one of these folders")
+    empty = [p.name for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".") and p.name not in classes]
+    if classes and empty:
+        raise ValueError(f"load: the class folder {path / empty[0]} holds no image")
+    pictures, grey = [], True
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                picture = ImageOps.exif_transpose(picture)
+                if picture.mode.startswith(("I", "F")):
+                    raise ValueError(f"load: {file} has more than 8 bits per pixel (mode {picture.mode}): convert it first")
+                grey = grey and picture.mode in ("1", "L", "LA")
+                pictures.append(picture.convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"load: {file} cannot be read as an image: {error}") from error
+        if pictures[-1].size != pictures[0].size:
+            (w0, h0), (w, h) = pictures[0].size, pictures[-1].size
+            raise ValueError(f"load: images must have one size, but {files[0]} is {w0} x {h0} and {file} is {w} x {h} (width x height)")
+    pixels = [np.array(picture.convert("L") if grey else picture) for picture in pictures]
+    x = torch.from_numpy(np.stack(pixels))  # (N, H, W) or (N, H, W, 3)
+    x = x.unsqueeze(1) if grey else x.permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor([classes.index(parts[0]) for parts in inside]) if classes else None
+    return _shuffle_and_split(str(path), x, labels, levels=255, class_names=classes)
+
+
+def _npy(path):
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)  # a pickle could run code
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"load: {path} cannot be read as a .npy array: {error}") from error
+    shape = tuple(array.shape)
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(f"load: {path} must be (N, C, H, W) or (N, H, W) images or (N, features), got {shape}")
+    if array.ndim == 4 and shape[1] not in (1, 3, 4) and shape[3] in (1, 3, 4):
+        raise ValueError(f"load: {path} must be (N, C, H, W), got {shape}, which looks like (N, H, W, C): transpose(0, 3, 1, 2)")
+    if array.dtype == np.uint8:
+        levels = 255
+    elif np.issubdtype(array.dtype, np.floating):
+        levels, array = None, array.astype(np.float32)
+        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        if not np.isfinite(array).all():
+            raise ValueError(f"load: {path} holds numbers that are not finite")
+        if array.ndim > 2 and not -1 <= low <= high <= 1:
+            raise ValueError(
+                f"load: float images in {path} must be in [-1, 1], found [{low:g}, {high:g}]; whole levels 0..255 go as uint8"
+            )
+    else:
+        raise ValueError(f"load: {path} must be uint8, or float in [-1, 1], got {array.dtype}")
+    x = torch.from_numpy(array)
+    return _shuffle_and_split(str(path), x.unsqueeze(1) if x.dim() == 3 else x, None, levels=levels)
+
+
+def _text(path, length):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"load: {path} cannot be read: {error}") from error
+    count = len(content) // length
+    if count == 0:
+        raise ValueError(f"load: {path} has {len(content)} bytes, less than one window of {length}")
+    windows = torch.frombuffer(bytearray(content[: count * length]), dtype=torch.uint8)
+    return _split(str(path), windows.view(count, length), None, f"windows of {length} bytes", levels=255, length=length)
+
+
+def _sound(path, files, length):
+    import numpy as np
+
+    windows, first = [], None
+    for file in files:
+        try:
+            with wave.open(str(file), "rb") as sound:
+                form = sound.getframerate(), sound.getnchannels()
+                bits, content = 8 * sound.getsampwidth(), sound.readframes(sound.getnframes())
+                whole = len(content) == sound.getnframes() * sound.getnchannels() * sound.getsampwidth()
+        except (OSError, EOFError, wave.Error) as error:
+            raise ValueError(f"load: {file} cannot be read as a .wav file: {error or 'it ends too early'}") from error
+        if bits != 16 or form[1] not in (1, 2):
+            raise ValueError(f"load: {file} must be 16-bit with 1 or 2 channels, got {bits}-bit with {form[1]}")
+        if not whole:
+            raise ValueError(f"load: {file} cannot be read as a .wav file: it ends too early")
+        first = first or form
+        if form != first:
+            words = " and ".join(f"{f} has {rate} Hz, {n} channels" for f, (rate, n) in ((files[0], first), (file, form)))
+            raise ValueError(f"load: sounds must have one rate and number of channels, but {words}")
+        frames = torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float32) / 32768).view(-1, form[1])
+        count = len(frames) // length
+        windows.append(frames[: count * length].view(count, length, form[1]).transpose(1, 2))  # (count, channels, length)
+    x = torch.cat(windows).contiguous()
+    return _split(str(path), x, None, f"windows of {length} samples", levels=None, length=length, rate=first[0])
+
+
+def _shuffled(n):
+    """A fixed order of n things, by the library's own stream, which no version changes."""
+    return torch.argsort(random.bits(random.key(1797), (n,), dtype=torch.int64))
+
+
+def _shuffle_and_split(name, x, labels, **facts):
+    order = _shuffled(len(x))
+    return _split(name, x[order], None if labels is None else labels[order], "items", **facts)
+
+
+def _split(name, x, labels, unit, **facts):
+    n = len(x)
+    if n < 3:
+        raise ValueError(f"load: {name} gives {n} {unit}; three splits need at least 3")
+    tenth = max(1, n // 10)
+    parts = [slice(0, n - 2 * tenth), slice(n - 2 * tenth, n - tenth), slice(n - tenth, n)]
+    splits = {split: (x[s], None if labels is None else labels[s]) for split, s in zip(SPLITS, parts, strict=True)}
+    return Data(name, **splits, shape=tuple(x.shape[1:]), **facts)
+
+
+def _no_windows(source, length):
+    if length is not None:
+        raise ValueError(f"load: length is for text and sound; {source} is not cut into windows")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
+from genkern import random
 from genkern._version import __version__
 
 MODELS: dict = {}  # class name -> class, for load()
@@ -30,16 +31,28 @@ class Training:
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    warmup: int = 0  # steps over which the learning rate rises from 0
+    schedule: str = "constant"  # or "cosine": falls to 0 over all steps
     clip_grad_norm: float | None = None
     ema: float | None = None  # decay of the averaged weights that are evaluated, sampled from and kept; None: the weights themselves
+    precision: str = "float32"  # or "bfloat16": forward under autocast
 
 
 class Model(torch.nn.Module):
     """A module made from one config dataclass, which `Config` names, and saved as config.json and model.safetensors.
 
     What a model states about itself for the shared tools (genkern.train and the command line):
-    training    its Training defaults
-    conditions  names of the keyword arguments of forward, sample and log_prob that a data set supplies, such as ("labels",)
+    training     its Training defaults (of the class; an instance's .training is torch's switch of the mode)
+    conditions   names of the keyword arguments of forward, sample and log_prob that a data set supplies, such as ("labels",)
+    config_for   how it fits a data set
+    objectives   its losses and their parameters, where there are several
+    forward(batch, *, key, **conditions) -> Output; key (2,), or (N, 2) for noise per sample that no batch size changes
+    sample(n, *, key, batch_size, **conditions)
+    and where they make sense:
+    log_prob(inputs, *, key, **conditions)      (N,) in nats
+    bits_per_dim(inputs, *, key, **conditions)  (N,), for uint8 inputs with a discrete log-probability or a named bound of it
+    reconstruct(inputs, *, key, **conditions)   like inputs
+    traverse(*, steps, key, **conditions)       (rows, steps, C, H, W): one row per direction of the latent space
     """
 
     Config: type
@@ -50,6 +63,41 @@ class Model(torch.nn.Module):
     def config_for(cls, data, **settings):
         """The Config for a genkern.data set (its shape, levels and classes), with the user's settings on top."""
         raise TypeError(f"{cls.__name__} does not say how it fits a data set: construct it from {cls.Config.__name__}")
+
+    def objectives(self):
+        """{name: parameters}: one by default. With several, forward also takes objective=name and trains only its parameters."""
+        return {"loss": [p for p in self.parameters() if p.requires_grad]}
+
+    def optimizer(self, parameters, training):
+        """A torch optimizer for the parameters of one objective; the shared loop sets its learning rate at every step."""
+        return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
+
+    @torch.no_grad()
+    def evaluate(self, inputs, labels=None, *, key, batch_size=256, likelihood=False):
+        """{"loss": ..., and each part}: means over the inputs. A smaller loss is a better model: fit() keeps the best one.
+
+        likelihood: also the means of log_prob and bits_per_dim, where the model has them. Noise is one stream per sample.
+        """
+        if len(inputs) == 0:
+            raise ValueError(f"{type(self).__name__}: no inputs to evaluate")
+        device, keys, sums = next(self.parameters()).device, random.split(key, len(inputs)), {}
+        names = list(self.objectives())
+        for start in range(0, len(inputs), batch_size):
+            part = slice(start, start + batch_size)
+            x, k = inputs[part].to(device), keys[part].to(device)
+            conditions = {"labels": labels[part].to(device)} if "labels" in self.conditions else {}
+            values = {}
+            for name in reversed(names):  # the first objective's loss is "loss"
+                output = self(x, key=k, **conditions, **({"objective": name} if len(names) > 1 else {}))
+                values.update({**output.parts, **({name: output.loss} if len(names) > 1 else {}), "loss": output.loss})
+            if likelihood:
+                for name in ("log_prob", "bits_per_dim"):
+                    if hasattr(self, name):
+                        step_key = random.fold_in(key, start)
+                        values[name] = getattr(self, name)(x, key=step_key, **conditions).mean()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(x)
+        return {name: total / len(inputs) for name, total in sums.items()}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -65,10 +113,10 @@ class Model(torch.nn.Module):
         """Write the weights and the config. Each file appears whole or not at all; a reader never sees half of one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        weights = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in self.state_dict().items()}
         config = {"class": type(self).__name__, "genkern": __version__, "config": dataclasses.asdict(self.config)}
-        _write(folder / "model.safetensors", safetensors.torch.save(weights))
-        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write(folder / "model.safetensors", safetensors.torch.save(weights))
+        write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -128,7 +176,7 @@ def _read_config(folder):
     return stored
 
 
-def _write(path, data):
+def write(path, data):
     """Write to a file beside it, flush to the disk, then rename: atomic on one file system."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
@@ -141,3 +189,8 @@ def _write(path, data):
     except BaseException:
         os.unlink(temporary)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lies in the folder
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

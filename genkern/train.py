@@ -1,0 +1,327 @@
+"""One training loop for every model.
+
+    data = genkern.data.load("digits")
+    model = VAE(VAE.config_for(data))
+    history = genkern.train.fit(model, data, out="run", epochs=20)     # or: genkern train vae --data digits --out run --epochs 20
+    best = genkern.load("run")
+
+Order and noise come from (seed, epoch, step) by genkern.random, one stream per sample. So a run that was killed and resumed ends with
+the weights of an unbroken one, bit for bit on the same machine, and several processes (torchrun, accelerate launch) train as one does,
+up to the rounding of sums: each takes its slice of every batch, and the gradients are averaged.
+
+The folder `out` holds config.json and model.safetensors (the best weights by validation loss, for load()), last.safetensors (all that
+resuming needs), run.json (the settings) and history.json.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from genkern import checkpoint, random
+from genkern._version import __version__
+from genkern.models._base import Training, write
+
+FILES = ("config.json", "model.safetensors", "last.safetensors", "run.json", "history.json")
+
+
+def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validate=True, progress=True, **training):
+    """Train on data.train, keep the best weights by the loss on data.validation; the history, one dict per epoch.
+
+    model: a genkern model, also one inside torch.compile; it is trained where it lies. Left in evaluation mode with its last
+    weights (their average where `ema` is set); the best ones are in `out`.
+    out: a folder; None writes nothing. resume: go on from out/last.safetensors, or begin where there is none.
+    save_every: steps between checkpoints within an epoch, beside the one after it. training: the fields of Training,
+    by default the model's own. Each epoch leaves out the last len(train) % batch_size samples of its shuffled order.
+    """
+    core = getattr(model, "_orig_mod", model)
+    core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
+    settings = _settings(core, training)
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"fit: save_every must be positive, got {save_every}")
+    if resume and out is None:
+        raise ValueError("fit: resume needs the folder `out`")
+    inputs, labels = data.train
+    if "labels" in core.conditions and labels is None:
+        raise ValueError(f"fit: {type(core).__name__} needs labels, and {data.name} has none")
+    rank, world = _rank_and_world()
+    batch_size = min(settings.batch_size, len(inputs)) // world * world
+    if batch_size == 0 or settings.batch_size % world:
+        raise ValueError(f"fit: the batch of {settings.batch_size} must divide into {world} processes")
+    run = _Run(core, settings, seed, len(inputs) // batch_size)
+    folder = None if out is None else Path(out)
+    facts = {"class": type(core).__name__, "genkern": __version__, "data": data.name, "length": data.length, "seed": seed,
+             "training": dataclasses.asdict(settings)}  # fmt: skip
+    if folder is not None and _prepare(folder, facts, resume, write_files=rank == 0):
+        run.restore(folder / "last.safetensors", facts)
+    elif world > 1:  # one start for all
+        for x in core.state_dict().values():
+            torch.distributed.broadcast(x, 0)
+        run.restart_ema()
+
+    shuffle, noise, validation = random.split(random.key(seed), 3)
+    device = next(core.parameters()).device
+    save = (lambda: run.save(folder, facts)) if folder is not None and rank == 0 else lambda: None
+    bar = _bar(run, settings.epochs, progress and rank == 0)
+    generator_state = torch.get_rng_state()
+    try:
+        while run.epoch < settings.epochs:
+            order = torch.argsort(random.bits(random.fold_in(shuffle, run.epoch), (len(inputs),), dtype=torch.int64))
+            start = time.perf_counter()
+            core.train()
+            while run.step < run.steps_per_epoch:
+                step = run.epoch * run.steps_per_epoch + run.step
+                mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+                index = order[run.step * batch_size : (run.step + 1) * batch_size][mine]
+                step_key = random.fold_in(noise, step)
+                keys = random.split(step_key, batch_size)[mine]
+                conditions = {"labels": labels[index].to(device)} if "labels" in core.conditions else {}
+                torch.manual_seed(int(step_key[0]) ^ rank)  # for what draws without a key, such as dropout
+                run.train_step(model, inputs[index].to(device), keys.to(device), conditions, step, world)
+                bar.step(run)
+                if save_every and run.step % save_every == 0 and run.step < run.steps_per_epoch:
+                    run.check_finite()
+                    save()
+            run.check_finite()
+            core.eval()
+            row = {"epoch": run.epoch + 1, **run.means(world)}
+            if rank == 0:
+                with run.averaged_weights():
+                    found = core.evaluate(*data.validation, key=validation) if validate else {}
+                    row.update({f"validation_{name}": value for name, value in found.items()})
+                    row["seconds"] = time.perf_counter() - start
+                    run.finish_epoch(row)
+                    measure = row.get("validation_loss", row["loss"])
+                    if math.isfinite(measure) and (run.best is None or measure < run.best):
+                        run.best = measure
+                        if folder is not None:
+                            core.save_pretrained(folder)  # before `last`, which says that it exists
+                save()
+                bar.epoch(row)
+            else:
+                run.finish_epoch(row)
+            if world > 1:
+                torch.distributed.barrier()
+    finally:
+        torch.set_rng_state(generator_state)
+        bar.close()
+    run.keep_average()
+    core.eval()
+    return run.history
+
+
+class _Run:
+    """What changes in training, and so what a checkpoint holds."""
+
+    def __init__(self, model, settings, seed, steps_per_epoch):
+        self.model, self.settings, self.steps_per_epoch = model, settings, steps_per_epoch
+        self.objectives = {name: list(parameters) for name, parameters in model.objectives().items()}
+        self.optimizers = {name: model.optimizer(parameters, settings) for name, parameters in self.objectives.items()}
+        self.rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
+        self.epoch, self.step, self.best, self.history = 0, 0, None, []
+        self.sums = {}  # of this epoch's losses, tensors on the device: no wait per step
+        self.restart_ema()
+
+    def restart_ema(self):
+        named = self.model.named_parameters() if self.settings.ema is not None else ()
+        self.ema = {name: p.detach().clone() for name, p in named}
+
+    def train_step(self, model, x, keys, conditions, step, world):
+        several, total = len(self.objectives) > 1, self.settings.epochs * self.steps_per_epoch
+        for name, parameters in self.objectives.items():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+                loss, parts = model(x, key=keys, **conditions, **({"objective": name} if several else {}))
+            self.model.zero_grad(set_to_none=True)
+            loss.backward()
+            if world > 1:
+                _average([p.grad for p in parameters if p.grad is not None], world)
+            if self.settings.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad_norm)
+            optimizer = self.optimizers[name]
+            for group, rate in zip(optimizer.param_groups, self.rates[name], strict=True):
+                group["lr"] = rate * _scale(self.settings, step, total)
+            optimizer.step()
+            for part, value in {name: loss.detach(), **parts}.items():
+                value = torch.as_tensor(value).detach().double() if x.device.type != "mps" else torch.as_tensor(value).detach()
+                self.sums[part] = self.sums[part] + value if part in self.sums else value
+        self.model.zero_grad(set_to_none=True)
+        if self.ema:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    self.ema[name].lerp_(p, 1 - self.settings.ema)
+        self.step += 1
+
+    def check_finite(self):
+        for name, total in self.sums.items():
+            if not math.isfinite(float(total)):
+                raise FloatingPointError(
+                    f"fit: {name} is {float(total)} in epoch {self.epoch + 1}; try a smaller learning_rate or clip_grad_norm"
+                )
+
+    def means(self, world):
+        sums = {name: total.to("cpu", torch.float64) for name, total in self.sums.items()}
+        if world > 1:
+            device = next(self.model.parameters()).device
+            together = torch.stack(list(sums.values())).to(device)
+            torch.distributed.all_reduce(together)
+            sums = dict(zip(sums, together / world, strict=True))
+        values = {name: float(total) / self.steps_per_epoch for name, total in sums.items()}
+        return {"loss": values[next(iter(self.objectives))], **values}
+
+    def finish_epoch(self, row):
+        self.history.append(row)
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+    def averaged_weights(self):
+        return _Swapped(self.model, self.ema)
+
+    def keep_average(self):
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if name in self.ema:
+                    p.copy_(self.ema[name])
+
+    def save(self, folder, facts):
+        state = {"run": facts, "epoch": self.epoch, "step": self.step, "best": self.best, "history": self.history,
+                 "sums": {name: float(total) for name, total in self.sums.items()}}  # fmt: skip
+        checkpoint.save(folder / "last.safetensors", checkpoint.collect(self.model, self.optimizers, self.ema), state)
+        write(folder / "history.json", (json.dumps(self.history, indent=1) + "\n").encode())
+
+    def restore(self, path, facts):
+        tensors, state = checkpoint.load(path)
+        try:
+            stored = {**state["run"], **state["run"]["training"]}
+            counts = [state[name] for name in ("epoch", "step")]
+            if not all(type(n) is int and n >= 0 for n in counts) or counts[1] >= self.steps_per_epoch:
+                raise ValueError(f"epoch and step are {counts}")
+            if not isinstance(state["history"], list) or len(state["history"]) != counts[0]:
+                raise ValueError("its history does not fit its epoch")
+            sums = {str(name): torch.tensor(float(total), dtype=torch.float64) for name, total in state["sums"].items()}
+            best = None if state["best"] is None else float(state["best"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"checkpoint: {path} cannot be used: {error}") from error
+        wanted = {**facts, **facts["training"]}
+        for name in sorted(wanted.keys() - {"training", "genkern"} - ({"epochs"} if self.settings.schedule == "constant" else set())):
+            if stored.get(name) != wanted[name]:
+                raise ValueError(f"fit: {path} was begun with {name} {stored.get(name)!r}, got {wanted[name]!r}: resume with the same")
+        checkpoint.restore(path, tensors, self.model, self.optimizers, self.ema)
+        device = next(self.model.parameters()).device
+        self.sums = {name: total.to(device) for name, total in sums.items()}
+        (self.epoch, self.step), self.best, self.history = counts, best, state["history"]
+
+
+class _Swapped:
+    """The averaged weights inside `with`, the trained ones after it."""
+
+    def __init__(self, model, ema):
+        self.pairs = [(p, ema[name]) for name, p in model.named_parameters() if name in ema]
+
+    def __enter__(self):
+        self._swap()
+
+    def __exit__(self, *_):
+        self._swap()
+
+    def _swap(self):
+        for p, average in self.pairs:
+            trained = p.detach().clone()
+            p.data.copy_(average)
+            average.copy_(trained)
+
+
+def _settings(model, training):
+    defaults = type(model).training if hasattr(type(model), "Config") else Training()
+    known = {field.name for field in dataclasses.fields(Training)}
+    if unknown := sorted(training.keys() - known):
+        raise TypeError(f"fit: no setting {', '.join(unknown)}; Training has {', '.join(sorted(known))}")
+    s = dataclasses.replace(defaults, **training)
+    checks = {
+        "epochs": s.epochs >= 0,
+        "batch_size": s.batch_size >= 1,
+        "learning_rate": s.learning_rate >= 0,
+        "warmup": s.warmup >= 0,
+        "schedule": s.schedule in ("constant", "cosine"),
+        "clip_grad_norm": s.clip_grad_norm is None or s.clip_grad_norm > 0,
+        "ema": s.ema is None or 0 <= s.ema < 1,
+        "precision": s.precision in ("float32", "bfloat16"),
+    }
+    for name, good in checks.items():
+        if not good:
+            raise ValueError(f"fit: {name} cannot be {getattr(s, name)!r}")
+    return s
+
+
+def _prepare(folder, facts, resume, write_files):
+    """Make the folder ready; whether it holds a run to resume."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"fit: {folder} is a file, expected a folder")
+    exists = (folder / "last.safetensors").exists()
+    if not resume and any((folder / name).exists() for name in FILES):
+        raise FileExistsError(f"fit: {folder} holds a run: resume it (resume=True, --resume) or choose another folder")
+    if not write_files:
+        return exists
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # what a killed write left
+        for leftover in folder.glob(f"{name}.????????"):
+            leftover.unlink()
+    if not exists:
+        write(folder / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+    return exists
+
+
+def _scale(settings, step, total):
+    scale = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    return scale * (0.5 + 0.5 * math.cos(math.pi * step / total)) if settings.schedule == "cosine" else scale
+
+
+def _rank_and_world():
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if group else (0, 1)
+
+
+def _average(gradients, world):
+    """The mean over the processes, in one transfer per dtype."""
+    for dtype in {g.dtype: None for g in gradients}:
+        some = [g for g in gradients if g.dtype == dtype]
+        flat = torch.cat([g.reshape(-1) for g in some])
+        torch.distributed.all_reduce(flat)
+        for g, mean in zip(some, (flat / world).split([g.numel() for g in some]), strict=True):
+            g.copy_(mean.view_as(g))
+
+
+class _bar:
+    """tqdm on a terminal where it is installed, else one line per epoch."""
+
+    def __init__(self, run, epochs, shown):
+        self.shown, self.bar, self.epochs = shown, None, epochs
+        if shown and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            done = run.epoch * run.steps_per_epoch + run.step
+            self.bar = tqdm(total=epochs * run.steps_per_epoch, initial=done, unit="step", dynamic_ncols=True)
+
+    def step(self, run):
+        if self.bar is not None:
+            self.bar.update()
+
+    def epoch(self, row):
+        if not self.shown:
+            return
+        names = [name for name in ("loss", "validation_loss") if name in row]
+        text = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in names)
+        line = f"epoch {row['epoch']:4}/{self.epochs}  {text}  {row.get('seconds', 0):.1f} s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
