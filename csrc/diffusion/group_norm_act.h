@@ -1,0 +1,123 @@
+// group_norm_act: y = act((norm(x + pre_bias) * weight + bias) * (1 + scale) + shift), norm over the elements of a group of channels
+// of one sample (Wu & He, 2018). x may lie in two tensors that follow each other along the channels.
+#pragma once
+#include "rows.h"
+
+namespace gk {
+
+struct GroupNorm {            // trivially copyable, so that it can be a CUDA kernel's argument
+  Array x, x2, y;             // one row per sample: channels * pixels elements; x2.data null: x holds all channels
+  Array weight, bias;         // (channels,); data null: absent
+  Array pre_bias, scale, shift;  // (samples, channels); data null: absent
+  int64_t samples, channels, channels_of_x, pixels, groups;
+  double eps;
+  bool silu;
+  int64_t channels_per_group() const { return channels / groups; }
+};
+
+struct GroupNormGradients {  // data null: the argument is absent
+  Array grad;                // of y; contiguous like all below
+  Array x, x2, weight, bias, pre_bias, scale, shift;
+  double* sums;              // [3][samples, channels]: of dz, of dz * xhat, of xhat; dz is the gradient before the activation
+};
+
+template <class V>
+GK_FN V silu_derivative(V z) {
+  const V s = sigmoid(z);
+  return s * fma(z, 1.0f - s, splat<V>(1));
+}
+
+inline ScalarType group_norm_type(const Tensor& x, const MaybeTensor& x2) {
+  return x2 ? promote(x.scalar_type(), x2->scalar_type()) : x.scalar_type();
+}
+
+// The tensors of one call, kept alive, and the job that points into them.
+class GroupNormCall {
+ public:
+  GroupNormCall(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& pre_bias,
+                const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps, bool silu) {
+    const Rows first(x);
+    keep_.push_back(first);
+    job.x = first.array();
+    job.samples = x.size(0);
+    job.channels = job.channels_of_x = x.size(1);
+    job.pixels = 1;
+    for (int64_t d = 2; d < x.dim(); d++) job.pixels *= x.size(d);
+    if (x2) {
+      keep_.emplace_back(*x2);
+      job.x2 = keep_.back().array();
+      job.channels += x2->size(1);
+    }
+    job.weight = flat(weight), job.bias = flat(bias), job.pre_bias = flat(pre_bias), job.scale = flat(scale), job.shift = flat(shift);
+    job.groups = groups, job.eps = eps, job.silu = silu;
+  }
+  GroupNorm job{};
+  bool is_double() const { return job.x.storage == Storage::kDouble; }
+  bool empty() const { return job.samples == 0 || job.channels == 0 || job.pixels == 0; }
+
+ private:
+  Array flat(const MaybeTensor& t) {
+    if (!t) return {};
+    keep_.emplace_back(torch::stable::contiguous(*t));
+    return keep_.back().array();
+  }
+  std::vector<Rows> keep_;
+};
+
+// Gradients in the order of the arguments: a new tensor for each that is there; zero where there is nothing to add up.
+class GroupNormGradientCall {
+ public:
+  GroupNormGradientCall(const Tensor& grad, const GroupNorm& job) : grad_(grad) {
+    d.grad = grad_.array();
+    sums_ = torch::stable::new_empty(grad, {3 * job.samples * job.channels}, ScalarType::Double);
+    d.sums = static_cast<double*>(sums_.data_ptr());
+  }
+  Array add(const MaybeTensor& like) {
+    if (!like) return {};
+    gradients.push_back(torch::stable::new_empty(*like, like->sizes()));
+    return Rows(gradients.back()).array();
+  }
+  GroupNormGradients d{};
+  std::vector<Tensor> gradients;
+
+ private:
+  Rows grad_;
+  Tensor sums_;
+};
+
+// Defined per device.
+template <class S>
+void group_norm_forward(const GroupNorm& job, const Tensor& like);
+template <class S>
+void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like);
+
+inline Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
+                             MaybeTensor shift, int64_t groups, double eps, bool silu) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape[1] = call.job.channels;
+  Tensor y = torch::stable::new_empty(x, shape, group_norm_type(x, x2));
+  if (call.empty()) return y;
+  call.job.y = Rows(y).array();
+  call.is_double() ? group_norm_forward<double>(call.job, x) : group_norm_forward<float>(call.job, x);
+  return y;
+}
+
+inline std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias,
+                                                   MaybeTensor pre_bias, MaybeTensor scale, MaybeTensor shift, int64_t groups,
+                                                   double eps, bool silu) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
+  GroupNormGradientCall back(grad, call.job);
+  GroupNormGradients& d = back.d;
+  d.x = back.add(x), d.x2 = back.add(x2), d.weight = back.add(weight), d.bias = back.add(bias);
+  d.pre_bias = back.add(pre_bias), d.scale = back.add(scale), d.shift = back.add(shift);
+  if (call.empty()) {
+    for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
+    return back.gradients;
+  }
+  call.is_double() ? group_norm_backward<double>(call.job, d, x) : group_norm_backward<float>(call.job, d, x);
+  return back.gradients;
+}
+
+}  // namespace gk

@@ -1,0 +1,293 @@
+// group_norm_act on the CPU: one group of one sample at a time, in tiles that stay in L1. The statistics take each tile's own mean as
+// origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The backward
+// pass makes the statistics again, adds up three numbers per channel, and from those writes the gradients.
+#include "group_norm_act.h"
+
+namespace gk {
+namespace {
+
+template <class S>
+using VectorOf = typename Vector<S>::type;
+template <class S>
+constexpr int64_t kGroupTile = 64 * Lane<VectorOf<S>>::kCount;
+
+template <class V>
+GK_FN V load_part(const Scalar<V>* p, int count) {
+  return count == Lane<V>::kCount ? load<V>(p) : load_first(p, count, V{});
+}
+template <class V>
+GK_FN void store_part(Scalar<V>* p, V x, int count) {
+  if (count == Lane<V>::kCount) store(p, x);
+  else store_first(p, x, count);
+}
+template <class V, class F>
+GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a constant but for the last call
+  constexpr int kCount = Lane<V>::kCount;
+  int64_t i = 0;
+  for (; i + kCount <= n; i += kCount) f(i, kCount);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+GK_FN double sum_of(double x) { return x; }
+GK_FN double sum_of(lane_f32 x) {  // as sum_lanes, in four chains: rows may be short, and this then takes much of the time
+  double total[4] = {};
+  for (int i = 0; i < kLanes; i++) total[i % 4] += static_cast<double>(x[i]);
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+#define GK_INLINE __attribute__((always_inline))
+
+template <class S>
+S number(const Array& a, int64_t at, double absent) {
+  S one;
+  return a.data ? *read(a, 0, at, 1, &one) : static_cast<S>(absent);
+}
+inline void put(const Array& a, int64_t at, double x) {
+  if (a.data == nullptr) return;
+  if (a.storage == Storage::kDouble || a.storage == Storage::kFloat) return write_sum({a.data, 1, a.storage}, at, x);
+  const float one = static_cast<float>(x);
+  write(a, 0, at, &one, 1);
+}
+
+// One group of one sample. Its elements are numbered in memory order, [0, size()).
+template <class S>
+struct Group {
+  using V = VectorOf<S>;
+  const GroupNorm& job;
+  int64_t sample, first_channel;
+
+  Group(const GroupNorm& j, int64_t index)
+      : job(j), sample(index / j.groups), first_channel(index % j.groups * j.channels_per_group()) {}
+
+  int64_t size() const { return job.channels_per_group() * job.pixels; }
+  int64_t in_sample(int64_t at) const { return first_channel * job.pixels + at; }
+  int64_t row(int64_t channel) const { return sample * job.channels + first_channel + channel; }  // of (samples, channels)
+
+  // f(tile's first element, number of elements)
+  template <class F>
+  void each_tile(const F& f) const {
+    for (int64_t at = 0; at < size(); at += kGroupTile<S>) f(at, std::min(kGroupTile<S>, size() - at));
+  }
+  // f(channel of the group, start, count): the pieces of elements [at, at + n) that lie in one channel
+  template <class F>
+  void each_channel(int64_t at, int64_t n, const F& f) const {
+    int64_t channel = at / job.pixels, left = (channel + 1) * job.pixels - at;
+    for (int64_t i = 0; i < n; i += left, left = job.pixels, channel++) f(channel, i, std::min(left, n - i));
+  }
+  // f(array, start of the piece in a row of it, start in [0, n), count): the pieces that lie in x and in x2
+  template <class F>
+  void each_input(int64_t at, int64_t n, const Array& first, const Array& second, const F& f) const {
+    const int64_t border = job.channels_of_x * job.pixels, from = in_sample(at);
+    const int64_t in_first = std::max<int64_t>(0, std::min(n, border - from));
+    if (in_first > 0) f(first, from, 0, in_first);
+    if (in_first < n) f(second, from + in_first - border, in_first, n - in_first);
+  }
+  // u = x + pre_bias at [at, at + n): in place where it lies so, else in the buffer
+  const S* values(int64_t at, int64_t n, S* buffer) const {
+    const S* v = nullptr;
+    each_input(at, n, job.x, job.x2, [&](const Array& a, int64_t column, int64_t i, int64_t count) {
+      const S* piece = read(a, sample, column, count, buffer + i);
+      if (count == n) v = piece;
+      else if (piece != buffer + i) std::copy(piece, piece + count, buffer + i);
+    });
+    if (v == nullptr) v = buffer;
+    if (job.pre_bias.data == nullptr) return v;
+    each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
+      const V pre = splat<V>(number<S>(job.pre_bias, row(channel), 0));
+      each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+        store_part(buffer + start + i, load_part<V>(v + start + i, k) + pre, k);
+      });
+    });
+    return buffer;
+  }
+};
+
+template <class S>
+struct Statistics {
+  double mean = 0, rstd = 0;
+  S centre() const { return static_cast<S>(mean); }  // subtracted first: exact where it matters
+  double rest() const { return mean - static_cast<double>(centre()); }
+
+  Statistics(const Group<S>& group, S* buffer) {
+    using V = VectorOf<S>;
+    constexpr int kCount = Lane<V>::kCount;
+    double seen = 0, centred = 0;
+    group.each_tile([&](int64_t at, int64_t n) {
+      const S* v = group.values(at, n, buffer);
+      V sum[4] = {}, rest[2] = {}, square[2] = {};
+      int64_t i = 0;
+      for (; i + 4 * kCount <= n; i += 4 * kCount)
+        for (int j = 0; j < 4; j++) sum[j] = sum[j] + load<V>(v + i + j * kCount);
+      each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE { sum[0] = sum[0] + load_part<V>(v + i + at, k); });
+      const V guess = splat<V>(sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(n));
+      for (i = 0; i + 2 * kCount <= n; i += 2 * kCount)
+        for (int j = 0; j < 2; j++) {
+          const V d = load<V>(v + i + j * kCount) - guess;
+          rest[j] = rest[j] + d;
+          square[j] = fma(d, d, square[j]);
+        }
+      each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE {
+        const V d = keep_first(load_part<V>(v + i + at, k) - guess, k);
+        rest[0] = rest[0] + d;
+        square[0] = fma(d, d, square[0]);
+      });
+      const double count = static_cast<double>(n), left = sum_of(rest[0] + rest[1]), total = seen + count;
+      const double origin = sum_lanes(keep_first(guess, 1));
+      const double tile_mean = origin + left / count, tile_centred = sum_of(square[0] + square[1]) - left * left / count;
+      const double delta = tile_mean - mean;  // two (count, mean, sum of squares) become one (Chan et al., 1979)
+      mean += delta * count / total;
+      centred += tile_centred + delta * delta * seen * count / total;
+      seen = total;
+    });
+    rstd = 1 / std::sqrt(std::max(0.0, centred) / seen + group.job.eps);
+    if (std::isnan(centred)) rstd = centred;
+  }
+};
+
+// z = a (u - centre) + b for one channel.
+template <class S>
+struct Affine {
+  double gain, weight, bias, a, b;
+  Affine(const Group<S>& group, const Statistics<S>& s, int64_t channel) {
+    const GroupNorm& job = group.job;
+    const int64_t c = group.first_channel + channel, row = group.row(channel);
+    gain = 1 + static_cast<double>(number<S>(job.scale, row, 0));
+    weight = number<S>(job.weight, c, 1), bias = number<S>(job.bias, c, 0);
+    a = s.rstd * weight * gain;
+    b = bias * gain + number<S>(job.shift, row, 0) - s.rest() * a;
+  }
+};
+
+// run(begin, end) over the groups of all samples; a share holds at least this many elements
+template <class F>
+void over_groups(const GroupNorm& job, const F& run) {
+  const int64_t size = job.channels_per_group() * job.pixels;
+  torch::stable::parallel_for(0, job.samples * job.groups, std::max<int64_t>(1, 16 * kTile / size), run);
+}
+
+template <class S, bool kSilu>
+void forward(const GroupNorm& job) {
+  using V = VectorOf<S>;
+  over_groups(job, [&](int64_t begin, int64_t end) {
+    alignas(64) S buffer[kGroupTile<S>], out_buffer[kGroupTile<S>];
+    for (int64_t index = begin; index < end; index++) {
+      const Group<S> group(job, index);
+      const Statistics<S> s(group, buffer);
+      group.each_tile([&](int64_t at, int64_t n) {
+        const S* u = group.values(at, n, buffer);
+        S* out = place(job.y, group.sample, group.in_sample(at), out_buffer);
+        group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
+          const Affine<S> affine(group, s, channel);
+          const V a = splat<V>(affine.a), b = splat<V>(affine.b), centre = splat<V>(s.centre());
+          each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+            V z = fma(a, load_part<V>(u + start + i, k) - centre, b);
+            if constexpr (kSilu) z = z * sigmoid(z);
+            store_part(out + start + i, z, k);
+          });
+        });
+        if (out == out_buffer) write(job.y, group.sample, group.in_sample(at), out, n);
+      });
+    }
+  });
+}
+
+template <class S, bool kSilu>
+void backward(const GroupNorm& job, const GroupNormGradients& d) {
+  using V = VectorOf<S>;
+  const int64_t rows = job.samples * job.channels, per_group = job.channels_per_group();
+  double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + rows, *const sum_xhat = d.sums + 2 * rows;
+  std::fill(d.sums, d.sums + 3 * rows, 0.0);
+  over_groups(job, [&](int64_t begin, int64_t end) {
+    alignas(64) S buffer[kGroupTile<S>], grad_buffer[kGroupTile<S>], out[kGroupTile<S>];
+    for (int64_t index = begin; index < end; index++) {
+      const Group<S> group(job, index);
+      const Statistics<S> s(group, buffer);
+      const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
+      const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
+        if constexpr (kSilu) return dy * silu_derivative(fma(a, u, b));
+        else return dy;
+      };
+      group.each_tile([&](int64_t at, int64_t n) {
+        const S* u = group.values(at, n, buffer);
+        const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
+        group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
+          const Affine<S> affine(group, s, channel);
+          const V a = splat<V>(affine.a), b = splat<V>(affine.b);
+          V total = {}, total_xhat = {}, total_of_xhat = {};
+          each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+            const V centred = keep_first(load_part<V>(u + start + i, k) - centre, k);
+            const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b), xhat = keep_first(fma(centred, rstd, offset), k);
+            total = total + dz;
+            total_xhat = fma(dz, xhat, total_xhat);
+            total_of_xhat = total_of_xhat + xhat;
+          });
+          const int64_t row = group.row(channel);
+          sum_dz[row] += sum_of(total);
+          sum_dz_xhat[row] += sum_of(total_xhat);
+          if (job.pre_bias.data) sum_xhat[row] += sum_of(total_of_xhat);
+        });
+      });
+      double mean_g = 0, mean_g_xhat = 0;  // of g = dz * gain * weight, the gradient of xhat
+      for (int64_t channel = 0; channel < per_group; channel++) {
+        const Affine<S> affine(group, s, channel);
+        const int64_t row = group.row(channel);
+        mean_g += affine.gain * affine.weight * sum_dz[row];
+        mean_g_xhat += affine.gain * affine.weight * sum_dz_xhat[row];
+        put(d.shift, row, sum_dz[row]);
+        put(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
+      }
+      mean_g /= static_cast<double>(group.size()), mean_g_xhat /= static_cast<double>(group.size());
+      group.each_tile([&](int64_t at, int64_t n) {
+        const S* u = group.values(at, n, buffer);
+        const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
+        group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
+          const Affine<S> affine(group, s, channel);
+          const V a = splat<V>(affine.a), b = splat<V>(affine.b);
+          // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat
+          const V p = splat<V>(s.rstd * mean_g), q = splat<V>(s.rstd * mean_g_xhat);
+          each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+            const V centred = load_part<V>(u + start + i, k) - centre, xhat = fma(centred, rstd, offset);
+            const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b);
+            store_part(out + start + i, fma(a, dz, -p) - q * xhat, k);
+          });
+        });
+        group.each_input(at, n, d.x, d.x2, [&](const Array& to, int64_t column, int64_t i, int64_t count) {
+          S* direct = place(to, group.sample, column, out + i);
+          if (direct != out + i) std::copy(out + i, out + i + count, direct);
+          else write(to, group.sample, column, out + i, count);
+        });
+      });
+      if (d.pre_bias.data)
+        for (int64_t channel = 0; channel < per_group; channel++) {
+          const int64_t row = group.row(channel);
+          const double g = Affine<S>(group, s, channel).a * sum_dz[row];
+          put(d.pre_bias, row, g - s.rstd * (mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[row]));
+        }
+    }
+  });
+  for (int64_t channel = 0; channel < job.channels && (d.weight.data || d.bias.data); channel++) {
+    double weight = 0, bias = 0;
+    for (int64_t row = channel; row < rows; row += job.channels) {
+      const double gain = 1 + static_cast<double>(number<S>(job.scale, row, 0));
+      weight += gain * sum_dz_xhat[row], bias += gain * sum_dz[row];
+    }
+    put(d.weight, channel, weight);
+    put(d.bias, channel, bias);
+  }
+}
+
+}  // namespace
+
+template <class S>
+void group_norm_forward(const GroupNorm& job, const Tensor&) {
+  job.silu ? forward<S, true>(job) : forward<S, false>(job);
+}
+template <class S>
+void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
+  job.silu ? backward<S, true>(job, d) : backward<S, false>(job, d);
+}
+
+GENKERN_LIBRARY(m) {
+  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act));
+  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
+}
+
+}  // namespace gk

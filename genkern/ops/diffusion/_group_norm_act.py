@@ -1,0 +1,135 @@
+"""group_norm_act: group normalisation with its usual company in diffusion models, in one op."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from genkern.core import Op
+from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, same_precision
+from genkern.testing._case import Case
+
+
+def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None, scale=None, shift=None, activation=None):
+    """y = act((norm(x + pre_bias) * weight + bias) * (1 + scale) + shift), norm(u) = (u - mean) / sqrt(variance + eps).
+
+    Mean and (biased) variance are over the elements of `groups` equal groups of neighbouring channels of each sample (Wu & He, 2018,
+    equations 1-3, 7). pre_bias is the time embedding that residual blocks add before their second norm (Ho et al., 2020); scale and
+    shift are adaptive group normalisation (Dhariwal & Nichol, 2021, section 3). The statistics survive a large mean: each tile's own
+    mean is its origin, and tiles merge in double precision.
+
+    x               (N, C, ...), for example (N, C, H, W) or (N, C, L); or a list [x1, x2] of two such tensors, normalised as their
+                    concatenation along the channels, which is never written. Each sample is read in place where it is contiguous;
+                    other layouts, channels_last among them, are copied first. The result is contiguous
+    groups          number of groups, a divisor of C
+    weight, bias    (C,)
+    pre_bias, scale, shift
+                    (N, C)
+    activation      None or "silu"
+
+    float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if an input is), returned in the type of x.
+    TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
+    """
+    op = "group_norm_act"
+    inputs = list(x) if isinstance(x, (list, tuple)) else [x]
+    if len(inputs) not in (1, 2):
+        raise ValueError(f"{op}: x must be a tensor or a list of two, got {len(inputs)}")
+    for tensor in inputs:
+        check_float(op, "x", tensor)
+        if tensor.dim() < 2:
+            raise ValueError(f"{op}: x must be (N, C, ...), got shape {tuple(tensor.shape)}")
+    x, x2 = inputs[0], inputs[1] if len(inputs) == 2 else None
+    if x2 is not None:
+        check_device(op, "x[1]", x2, "x[0]", x)
+        if x2.dim() != x.dim() or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
+            raise ValueError(f"{op}: the two inputs may differ in their channels only, got {tuple(x.shape)} and {tuple(x2.shape)}")
+    n, channels = x.shape[0], sum(tensor.shape[1] for tensor in inputs)
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"{op}: groups must be a positive int that divides the {channels} channels, got {groups!r}")
+    named = (("weight", weight), ("bias", bias), ("pre_bias", pre_bias), ("scale", scale), ("shift", shift))
+    for name, tensor in named:
+        if tensor is not None:
+            check_float(op, name, tensor)
+            shape, meaning = ((channels,), "(C,)") if name in ("weight", "bias") else ((n, channels), "(N, C)")
+            check_shape(op, name, tensor, shape, meaning)
+            check_device(op, name, tensor, "x", x)
+    check_choice(op, "activation", activation, (None, "silu"))
+    tensors = same_precision((x, x2, weight, bias, pre_bias, scale, shift))
+    return _op(*tensors, groups, float(eps), activation == "silu")
+
+
+def _reference(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
+    dtype = promoted(x, x2)
+    if x2 is not None:
+        x = torch.cat([x.to(dtype), x2.to(dtype)], 1)
+    x, weight, bias, pre_bias, scale, shift = in_working_type(x, weight, bias, pre_bias, scale, shift)
+    per_pixel = lambda t: t.reshape(*t.shape, *(1 for _ in x.shape[2:]))  # (N, C) -> (N, C, 1, ...), (C,) -> (C, 1, ...)
+    y = x if pre_bias is None else x + per_pixel(pre_bias)
+    if x.numel():
+        y = torch.group_norm(y.contiguous(), groups, weight, bias, eps)
+    elif weight is not None and bias is not None:  # torch refuses empty groups, but the gradients are zero, not absent
+        y = y * per_pixel(weight) + per_pixel(bias)
+    if scale is not None:
+        y = y * (1 + per_pixel(scale))
+    if shift is not None:
+        y = y + per_pixel(shift)
+    return (F.silu(y) if silu else y).to(dtype)
+
+
+def _fake(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=promoted(x, x2))
+
+
+_op = Op(
+    "group_norm_act",
+    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+    "bool silu) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
+)
+
+
+@functools.wraps(group_norm_act)
+def _of_one_or_two(x, groups, x2=None, **options):
+    """group_norm_act with the second input as an argument of its own, so that cases can name it."""
+    return group_norm_act(x if x2 is None else [x, x2], groups, **options)
+
+
+def _eager(x, groups, weight, bias):
+    return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+def _arguments(make, shape):
+    groups = 32 if shape[1] >= 128 else 2
+    return {"x": make(shape), "groups": groups, "weight": make((shape[1],)), "bias": make((shape[1],))}
+
+
+def _adaptive(make, shape):
+    conditions = {name: make(shape[:2]) for name in ("pre_bias", "scale", "shift")}
+    return _arguments(make, shape) | conditions
+
+
+def _two_inputs(make, shape):  # C + 2C channels in two groups, which x2 begins inside
+    joint = (shape[0], 3 * shape[1], *shape[2:])
+    return _adaptive(make, joint) | {"x": make(shape), "x2": make((shape[0], 2 * shape[1], *shape[2:]))}
+
+
+CASES = (
+    Case(
+        _of_one_or_two,
+        _arguments,
+        forms=(_adaptive, _two_inputs),
+        shapes=((2, 6, 5, 7), (0, 4, 3), (3, 4), (2, 4, 0), (1, 4, 521)),
+        small=(2, 2, 3),
+        large=(3, 8, 5003),
+        variants=({"activation": "silu"}, {}),
+        eager=_eager,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
+        bench_shapes=((8, 32, 8, 8), (2, 320, 64, 64), (2, 640, 32, 32), (1, 128, 256, 256)),
+        bench_variant={"activation": "silu"},
+    ),
+)
