@@ -1,6 +1,7 @@
 """Ops: functions on tensors, one file each, on every backend."""
 
+from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
-__all__ = ["gaussian_kl", "reparameterize", "reparameterize_kl"]
+__all__ = ["gaussian_kl", "reparameterize", "reparameterize_kl", "sampler_step"]
