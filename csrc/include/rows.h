@@ -37,7 +37,15 @@ struct Array {  // element (row, column) is data[row * row_stride + column]
   void* data;
   int64_t row_stride;
   Storage storage;
+  const int64_t* lookup = nullptr;  // row inputs only: row r stands at row lookup[r * lookup_stride], kept below lookup_rows
+  int64_t lookup_stride = 0, lookup_rows = 0;
 };
+
+GK_FN int64_t looked_up(const Array& a, int64_t row) {
+  if (!a.lookup) return row;
+  const int64_t at = a.lookup[row * a.lookup_stride];
+  return at < 0 ? 0 : at < a.lookup_rows ? at : a.lookup_rows - 1;
+}
 
 inline Storage storage_of(ScalarType type) {
   switch (type) {

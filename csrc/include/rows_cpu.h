@@ -126,7 +126,7 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
   for (int k = 0; k < F::kRowInputs; k++) {
     S one;
-    row_in[k] = splat<V>(*read(job.row_in[k], row, 0, 1, &one));
+    row_in[k] = splat<V>(*read(job.row_in[k], looked_up(job.row_in[k], row), 0, 1, &one));
   }
   for (auto& total : chain)
     for (int k = 0; k < F::kSums; k++) total[k] = V{};

@@ -1,7 +1,8 @@
 """Ops: functions on tensors, one file each, on every backend."""
 
 from genkern.ops.diffusion._group_norm_act import group_norm_act
+from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
-__all__ = ["gaussian_kl", "group_norm_act", "reparameterize", "reparameterize_kl"]
+__all__ = ["gaussian_kl", "group_norm_act", "reparameterize", "reparameterize_kl", "sampler_step"]

@@ -1,0 +1,101 @@
+"""sampler_step in Triton: one kernel; its constants say which inputs and outputs there are."""
+
+import triton
+import triton.language as tl
+
+from genkern.core import implements
+from genkern.core import triton_lanes as lanes
+
+
+@triton.jit
+def _coefficient(table, at, row_mask, like):
+    """One number per row, as wide as `like`, for tl.fma."""
+    return tl.load(table + at, mask=row_mask, other=0.0).to(like.dtype) + tl.zeros_like(like)
+
+
+@triton.jit
+def _combination(table, at, row_mask, x, m, y, eps, h1, h2, EPS: tl.constexpr, HISTORY: tl.constexpr):
+    """The coefficients from table[at] on times x, m, y, eps, h1, h2."""
+    total = _coefficient(table, at + 2, row_mask, y) * y
+    total = tl.fma(_coefficient(table, at + 1, row_mask, m), m, total)
+    total = tl.fma(_coefficient(table, at, row_mask, x), x, total)
+    if EPS:
+        total = tl.fma(_coefficient(table, at + 3, row_mask, eps), eps, total)
+    if HISTORY > 0:
+        total = tl.fma(_coefficient(table, at + 4, row_mask, h1), h1, total)
+    if HISTORY > 1:
+        total = tl.fma(_coefficient(table, at + 5, row_mask, h2), h2, total)
+    return total
+
+
+@triton.jit(do_not_specialize=["step", "clip"])
+def step_kernel(
+    x, u, c, h1, h2, noise, out, history_out, input_u, input_c,
+    x_stride, u_stride, c_stride, h1_stride, h2_stride, noise_stride, out_stride, history_out_stride, input_u_stride, input_c_stride,
+    table, steps, step, table_rows, key, clip, rows, width,
+    HISTORY: tl.constexpr, STEPS_STRIDE: tl.constexpr, DTYPE: tl.constexpr, KEY_STRIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, number, column, mask = lanes.tile(rows, width, ROWS, COLUMNS)
+    row_mask = row < rows
+    if steps is None:
+        at = row * 0 + step
+    else:
+        at = tl.load(steps + row * STEPS_STRIDE, mask=row_mask, other=0)
+        at = tl.minimum(tl.maximum(at, 0), table_rows - 1)
+    at = at * (13 + 2 * HISTORY)
+    value = lanes.load(x, x_stride, row, column, mask, DTYPE)
+    m = lanes.load(u, u_stride, row, column, mask, DTYPE)
+    if c is not None:
+        with_condition = lanes.load(c, c_stride, row, column, mask, DTYPE)
+        m = _coefficient(table, at, row_mask, m) * m + _coefficient(table, at + 1, row_mask, m) * with_condition
+    a, b, eps = value, value, value  # stand in for what is not given
+    if HISTORY > 0:
+        a = lanes.load(h1, h1_stride, row, column, mask, DTYPE)
+    if HISTORY > 1:
+        b = lanes.load(h2, h2_stride, row, column, mask, DTYPE)
+    if noise is not None:
+        eps = lanes.load(noise, noise_stride, row, column, mask, DTYPE)
+    if key is not None:
+        seed, offset = lanes.stream(key, row, rows, KEY_STRIDE)
+        eps = lanes.normals(seed, offset, number * COLUMNS + (0 if KEY_STRIDE else row * width), COLUMNS, ALIGNED, DTYPE)
+    y = _coefficient(table, at + 2, row_mask, value) * value + _coefficient(table, at + 3, row_mask, m) * m
+    bound = lanes.from_bits(clip, DTYPE)
+    y = tl.where(y < bound * -1.0, bound * -1.0, y)  # this order of operands keeps NaN
+    y = tl.where(y > bound, bound, y)
+    EPS: tl.constexpr = (noise is not None) or (key is not None)
+    new = _combination(table, at + 4, row_mask, value, m, y, eps, a, b, EPS, HISTORY)
+    if HISTORY > 0:
+        kept = _combination(table, at + 8 + HISTORY, row_mask, value, m, y, eps, a, b, EPS, HISTORY)
+    tl.store(out + row * out_stride + column, new, mask=mask)
+    if HISTORY > 0:
+        tl.store(history_out + row * history_out_stride + column, kept, mask=mask)
+    if input_u is not None:
+        scaled = new * _coefficient(table, at + 12 + 2 * HISTORY, row_mask, new)
+        tl.store(input_u + row * input_u_stride + column, scaled, mask=mask)
+        if input_c is not None:
+            tl.store(input_c + row * input_c_stride + column, scaled, mask=mask)
+
+
+def _halves(t, x):
+    """What is there for the samples of x: once (t, None), or twice, the halves of t."""
+    return (t, None) if t is None or t.shape[0] == x.shape[0] else t.chunk(2)
+
+
+@implements("triton", "sampler_step")
+def sampler_step(x, model_output, table, steps, step, h1, h2, noise, key, clip, out, history_out, input_out):
+    if x.numel() == 0:
+        return
+    tensors = [x, *_halves(model_output, x), h1, h2, noise, out, history_out, *_halves(input_out, x)]
+    tensors = [None if t is None else lanes.as_rows(t) for t in tensors]
+    rows, width = tensors[0].shape
+    one_key = key is None or key.dim() == 1
+    dtype = lanes.working_type(x)[1]
+    lanes.launch(
+        step_kernel, x, rows, width,
+        *tensors, *(0 if t is None else t.stride(0) for t in tensors),
+        table, steps, step, table.shape[0], None if key is None else key.to(x.device), lanes.real(clip),
+        HISTORY=(h1 is not None) + (h2 is not None), STEPS_STRIDE=0 if steps is None or steps.dim() == 0 else 1, DTYPE=dtype,
+        KEY_STRIDE=0 if one_key else 2,
+        ALIGNED=not one_key or rows == 1 or width % (2 if dtype == tl.float64 else 4) == 0,
+    )  # fmt: skip

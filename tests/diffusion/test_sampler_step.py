@@ -1,0 +1,103 @@
+"""sampler_step: in place, indices on the device, noise of the stream, types, refusals."""
+
+import pytest
+import torch
+
+import genkern
+from genkern import ops, random
+from genkern.testing import backends
+
+each_backend = pytest.mark.parametrize("backend", ["reference", *backends(op="sampler_step")])
+
+
+def arguments(shape=(3, 2, 5, 7), history=1, doubled=True):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *s: torch.randn(*s, generator=generator)
+    return {
+        "x": draw(*shape), "model_output": draw(shape[0] * (1 + doubled), *shape[1:]), "table": draw(4, 13 + 2 * history),
+        **{f"h{k + 1}": draw(*shape) for k in range(history)},
+    }  # fmt: skip
+
+
+@each_backend
+def test_in_place_equals_new_tensors(backend):
+    given = arguments(history=2)
+    with genkern.backend(backend):
+        expected = ops.sampler_step(**given, step=1, next_input=True)
+        x, h2, model_input = given["x"].clone(), given["h2"].clone(), torch.empty_like(given["model_output"])
+        got = ops.sampler_step(**given | {"x": x, "h2": h2}, step=1, out=x, history_out=h2, input_out=model_input)
+    assert got[0] is x and got[1] is h2 and got[2] is model_input
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@each_backend
+def test_a_step_index_per_sample_is_a_loop_over_samples(backend):
+    given, steps = arguments(), torch.tensor([3, 0, 2])
+    u, c = given["model_output"].chunk(2)
+    with genkern.backend(backend):
+        together = ops.sampler_step(**given, step=steps)
+        one = ops.sampler_step(**given, step=torch.tensor(2))
+        for i, step in enumerate(steps.tolist()):
+            alone = {"x": given["x"][i : i + 1], "model_output": torch.stack([u[i], c[i]]), "h1": given["h1"][i : i + 1]}
+            separate = ops.sampler_step(**given | alone, step=step)
+            assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, separate, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one, ops.sampler_step(**given, step=2), strict=True))
+
+
+@each_backend
+def test_noise_is_that_of_the_stream(backend):
+    given = arguments(history=0, doubled=False)
+    for key in (random.key(3), random.split(random.key(3), 3)):
+        with genkern.backend(backend):
+            drawn = ops.sampler_step(**given, step=1, key=key)
+            told = ops.sampler_step(**given, step=1, noise=random.normal(key, given["x"].shape))
+        torch.testing.assert_close(drawn, told, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_key_the_global_generator_rules():
+    given, drawn = arguments(history=0), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        drawn.append(ops.sampler_step(**given, step=0, noise=True))
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], ops.sampler_step(**given, step=0, noise=True))
+
+
+@each_backend
+def test_float32_sample_with_bfloat16_model(backend):
+    given = arguments()
+    given["model_output"] = given["model_output"].bfloat16()
+    with genkern.backend(backend):
+        x, history, model_input = ops.sampler_step(**given, step=1, next_input=True)
+    assert (x.dtype, history.dtype, model_input.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    scaled = (given["table"][1, -1] * x).bfloat16()
+    torch.testing.assert_close(model_input, torch.cat([scaled, scaled]), rtol=1e-2, atol=1e-6)
+
+
+@each_backend
+def test_nan_passes_the_clip(backend):
+    given = arguments(history=0)
+    given["x"][0, 0, 0, 0] = float("nan")
+    with genkern.backend(backend):
+        x = ops.sampler_step(**given, step=0, clip=1.0)
+    assert x.isnan().sum() == 1
+
+
+def test_refusals():
+    given = arguments()
+    for error, change in [
+        (TypeError, {"x": given["x"].long()}),
+        (ValueError, {"model_output": given["x"][:2]}),
+        (ValueError, {"table": given["table"][:, 1:]}),
+        (TypeError, {"step": 1.0}),
+        (ValueError, {"step": 4}),
+        (ValueError, {"step": torch.tensor([0, 1, 4])}),
+        (ValueError, {"step": torch.tensor([0, 1])}),
+        (ValueError, {"h1": None, "h2": given["h1"]}),
+        (ValueError, {"clip": 0.0}),
+        (ValueError, {"noise": given["x"], "key": random.key(0)}),
+        (ValueError, {"key": random.split(random.key(0), 2)}),
+        (ValueError, {"out": given["x"].double()}),
+        (ValueError, {"out": given["x"][1:]}),
+    ]:
+        with pytest.raises(error, match="sampler_step: |check_key"):
+            ops.sampler_step(**{"step": 0, **given, **change})

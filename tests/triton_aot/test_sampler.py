@@ -1,0 +1,39 @@
+"""Machine code of the sampler step in Triton for three architectures: no stack, no spills, 16-byte accesses, a register budget."""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 is set: kernels are not compiled", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from aot import compile_kernel  # noqa: E402
+
+from genkern.ops.diffusion._sampler_step_triton import step_kernel  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_cache(tmp_path_factory):
+    previous = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    yield
+    triton.knobs.cache.dir = previous
+
+
+@pytest.mark.parametrize("dtype, arch", [("*fp32", 80), ("*fp32", 90), ("*fp32", 120), ("*bf16", 90)])
+@pytest.mark.parametrize("history, key, device_steps", [(2, False, True), (0, True, False)], ids=["guided 3M", "keyed noise"])
+def test_step(history, key, device_steps, dtype, arch):
+    tensors = ["x", "u", "out"] + ["h1", "h2", "history_out"] * (history > 0) + ["c", "input_u", "input_c"] * (not key)
+    types = {name: dtype for name in tensors} | {name + "_stride": "i32" for name in tensors}
+    types |= {"table": "*fp32", "step": "i32", "table_rows": "i32", "clip": "i64", "rows": "i32", "width": "i32"}
+    types |= {"key": "*i64"} if key else {}
+    types |= {"steps": "*i64"} if device_steps else {}
+    constants = dict(HISTORY=history, STEPS_STRIDE=0, DTYPE=tl.float32, KEY_STRIDE=0, ALIGNED=True, ROWS=1, COLUMNS=1024)
+    code = compile_kernel(step_kernel, types, constants, arch, unaligned=("step", "table_rows", "clip", "rows"))
+    assert code.stack == 0
+    assert not [o for o in code.opcodes if o.startswith(("LDL", "STL"))]
+    assert code.registers <= 128
+    for access in ("LDG.E.128", "STG.E.128"):
+        assert any(o.startswith(access) for o in code.opcodes)
