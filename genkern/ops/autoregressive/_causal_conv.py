@@ -1,0 +1,326 @@
+"""causal_conv1d: a convolution over time that sees no future; causal_conv1d_update: the same a few steps at a time."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from genkern.core import Op
+from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, same_precision
+from genkern.testing._case import Case
+
+
+def causal_conv1d(
+    x,
+    weight,
+    bias=None,
+    *,
+    dilation=1,
+    groups=1,
+    activation=None,
+    initial_state=None,
+    return_final_state=False,
+    seq_idx=None,
+):
+    """y[t] = act(bias + sum_k weight[k] x[t - (K - 1 - k) dilation]): the convolution of WaveNet (van den Oord et al., 2016, section
+    2.1) and, with groups = C, the short convolution of state space models (Mamba, Gu & Dao, 2023, section 3.4).
+
+    x               (N, C, L)
+    weight          (C_out, C / groups, K) as in torch.nn.Conv1d; weight[..., K - 1] meets the present
+    bias            (C_out,) or None
+    dilation        distance of neighbouring taps
+    groups          C: one filter per channel, the fused kernel (C_out = C). Anything else is torch's own convolution, which follows
+                    autocast as torch.nn.Conv1d does
+    activation      None or "silu"
+    initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
+    return_final_state
+                    also return the last (K - 1) dilation inputs (N, C, ...), the initial_state of what follows
+    seq_idx         (N, L) int32: several sequences packed one behind the other. Taps do not cross to another index, outputs
+                    at negative indices are zero, initial_state belongs to the first sequence and the final state holds the
+                    last one alone
+
+    float32, float64, bfloat16, float16, also mixed; computed in float32 (float64), returned in the promoted type. TypeError,
+    ValueError on anything else. Differentiable to any order, also in initial_state. Skipped taps are never read: an infinity or
+    NaN in the future or in another sequence does not reach an output. In float32 on the CPU the outputs have the same bits however
+    x is cut into pieces that hand on their state.
+    """
+    _check("causal_conv1d", x, weight, bias, dilation, activation)
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"causal_conv1d: groups must divide the channels of x and weight, got {groups} for {x.shape[1]} and {weight.shape[0]}"
+        )
+    if weight.shape[1] != x.shape[1] // groups:
+        raise ValueError(
+            f"causal_conv1d: weight must have shape (C_out, C / groups, K) = (..., {x.shape[1] // groups}, ...), "
+            f"got {tuple(weight.shape)}"
+        )
+    past = (weight.shape[2] - 1) * dilation
+    if initial_state is not None:
+        check_float("causal_conv1d", "initial_state", initial_state)
+        check_shape("causal_conv1d", "initial_state", initial_state, (*x.shape[:2], past), "(N, C, (K - 1) dilation)")
+        check_device("causal_conv1d", "initial_state", initial_state, "x", x)
+    if seq_idx is not None:
+        if seq_idx.dtype != torch.int32:
+            raise TypeError(f"causal_conv1d: seq_idx must be int32, got {seq_idx.dtype}")
+        check_shape("causal_conv1d", "seq_idx", seq_idx, (x.shape[0], x.shape[2]), "(N, L)")
+        check_device("causal_conv1d", "seq_idx", seq_idx, "x", x)
+    x, weight, bias, initial_state = same_precision((x, weight, bias, initial_state))
+    silu = activation == "silu"
+    if groups == x.shape[1] == weight.shape[0]:
+        small = [None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias)]
+        y = _op(x, *small, initial_state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
+    else:
+        y = _grouped(x, weight, bias, initial_state, seq_idx, dilation, groups, silu)
+    return (y, _final_state(x, initial_state, seq_idx, past)) if return_final_state else y
+
+
+def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=None, state_indices=None):
+    """One or several steps of a depthwise causal_conv1d, whose inputs so far are in `state`: it is shifted in place.
+
+    x               (N, C) one step, or (N, C, T) several
+    state           (S, C, P) with P >= (K - 1) dilation: the last P inputs, the newest last. S = N, or with state_indices any
+                    number of slots. Any strides; with C innermost (a transposed (S, P, C) tensor) neighbouring channels are
+                    read together
+    weight, bias, dilation, activation
+                    as in causal_conv1d, weight (C, 1, K) or (C, K)
+    state_indices   (N,) int32: the slot of each request, no slot twice; a negative index is an empty request: zeros are returned
+
+    Returns y of the shape of x. In float32 on the CPU its bits are those of causal_conv1d at that position, in any batch and for any
+    number of steps per call. There is no gradient: use causal_conv1d with initial_state.
+    """
+    op = "causal_conv1d_update"
+    check_float(op, "x", x, (2, 3))
+    if weight.dim() == 2:
+        weight = weight[:, None]
+    steps = x if x.dim() == 3 else x[..., None]
+    _check(op, steps, weight, bias, dilation, activation)
+    check_shape(op, "weight", weight, (x.shape[1], 1, weight.shape[2]), "(C, 1, K)")
+    check_float(op, "state", state, 3)
+    past = (weight.shape[2] - 1) * dilation
+    slots = x.shape[0] if state_indices is None else state.shape[0]
+    if state.shape[:2] != (slots, x.shape[1]) or state.shape[2] < past:
+        raise ValueError(
+            f"{op}: state must have shape (slots, C, P >= (K - 1) dilation) = ({slots}, {x.shape[1]}, >= {past}), "
+            f"got {tuple(state.shape)}"
+        )
+    check_device(op, "state", state, "x", x)
+    if state_indices is not None:
+        if state_indices.dtype != torch.int32:
+            raise TypeError(f"{op}: state_indices must be int32, got {state_indices.dtype}")
+        check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
+        check_device(op, "state_indices", state_indices, "x", x)
+        if not torch.compiler.is_compiling() and state_indices.device.type == "cpu" and state_indices.numel():
+            if state_indices.max() >= slots:
+                raise ValueError(f"{op}: state_indices must be below the number of slots {slots}, got {int(state_indices.max())}")
+        state_indices = state_indices.contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
+        raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
+    weight, bias, steps, wide = same_precision((weight, bias, steps, state))
+    weight = weight.reshape(weight.shape[0], -1).contiguous()
+    y = _update(steps, wide, weight, None if bias is None else bias.contiguous(), state_indices, dilation, activation == "silu")
+    if wide is not state:
+        state.copy_(wide)
+    return y if x.dim() == 3 else y[..., 0]
+
+
+def _check(op, x, weight, bias, dilation, activation):
+    check_float(op, "x", x, 3)
+    check_float(op, "weight", weight, 3)
+    check_device(op, "weight", weight, "x", x)
+    if weight.shape[2] < 1:
+        raise ValueError(f"{op}: weight must have at least one tap, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_float(op, "bias", bias)
+        check_shape(op, "bias", bias, weight.shape[:1], "(C_out,)")
+        check_device(op, "bias", bias, "x", x)
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"{op}: dilation must be a positive integer, got {dilation!r}")
+    check_choice(op, "activation", activation, (None, "silu"))
+
+
+def _behind(x, state, past):
+    """x behind its state, or behind zeros."""
+    return F.pad(x, (past, 0)) if state is None else torch.cat([state.to(x.dtype), x], 2)
+
+
+def _padded_index(seq_idx, past):
+    return torch.cat([seq_idx[:, :1].expand(-1, past), seq_idx], 1)
+
+
+def _final_state(x, state, seq_idx, past):
+    tail = _behind(x, state, past)[..., x.shape[2] :]
+    if seq_idx is None or x.shape[2] == 0:
+        return tail.clone()
+    index = _padded_index(seq_idx, past)[:, x.shape[2] :]
+    return torch.where((index == seq_idx[:, -1:])[:, None], tail, 0)
+
+
+def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
+    """Any groups, through torch's convolution: one for each tap where sequence indices forbid some of them."""
+    dtype = promoted(x, weight, bias, state)
+    x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
+    behind = _behind(x, state, past)
+    if seq_idx is None:
+        y = F.conv1d(behind, weight, bias, dilation=dilation, groups=groups)
+    else:
+        index = _padded_index(seq_idx, past)
+        y = 0 if bias is None else bias[:, None]
+        for k in range(weight.shape[2]):
+            window = slice(k * dilation, k * dilation + length)
+            same = (index[:, window] == seq_idx)[:, None]
+            y = y + F.conv1d(torch.where(same, behind[..., window], 0), weight[..., k : k + 1], groups=groups)
+        y = torch.where((seq_idx < 0)[:, None], 0, y)
+    return F.silu(y) if silu else y
+
+
+def _reference(x, weight, bias, state, seq_idx, dilation, silu):
+    dtype = promoted(x, weight, bias, state)
+    x, weight, bias, state = in_working_type(x, weight, bias, state)
+    past, length = (weight.shape[1] - 1) * dilation, x.shape[2]
+    behind = _behind(x, state, past)
+    index = None if seq_idx is None else _padded_index(seq_idx, past)
+    y = torch.zeros_like(x) if bias is None else bias[:, None].expand_as(x)
+    for k in range(weight.shape[1]):
+        window = slice(k * dilation, k * dilation + length)
+        tap = behind[..., window]
+        if index is not None:
+            tap = torch.where((index[:, window] == seq_idx)[:, None], tap, 0)
+        y = y + weight[:, k, None] * tap
+    if silu:
+        y = F.silu(y)
+    if index is not None:
+        y = torch.where((seq_idx < 0)[:, None], 0, y)
+    return y.to(dtype)
+
+
+def _reference_update(x, state, weight, bias, indices, dilation, silu):
+    wanted = torch.arange(x.shape[0], device=x.device) if indices is None else indices.long()
+    chosen = state[wanted.clamp(min=0)]
+    past = (weight.shape[1] - 1) * dilation
+    window = torch.cat([chosen.to(promoted(chosen, x)), x.to(promoted(chosen, x))], 2)
+    y = _reference(x, weight, bias, chosen[..., state.shape[2] - past :], None, dilation, silu).to(promoted(x, weight, bias))
+    kept = window[..., x.shape[2] :].to(state.dtype)
+    if indices is None:
+        state.copy_(kept)
+        return y
+    spare = torch.cat([state, kept[:1]])  # empty requests write behind the last slot
+    spare[torch.where(wanted < 0, state.shape[0], wanted)] = kept
+    state.copy_(spare[: state.shape[0]])
+    return torch.where((wanted >= 0)[:, None, None], y, 0)
+
+
+_op = Op(
+    "causal_conv1d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, int dilation, bool silu) -> Tensor",
+    reference=_reference,
+    fake=lambda x, weight, bias, state, seq_idx, dilation, silu: x.new_empty(x.shape, dtype=promoted(x, weight, bias, state)),
+    differentiable=("x", "weight", "bias", "initial_state"),
+)
+
+_update = Op(
+    "causal_conv1d_update",
+    "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, int dilation, bool silu) -> Tensor",
+    reference=_reference_update,
+    fake=lambda x, state, weight, bias, indices, dilation, silu: x.new_empty(x.shape, dtype=promoted(x, weight, bias)),
+)
+
+
+def _depthwise(x, weight, bias=None, initial_state=None, seq_idx=None, **options):
+    return causal_conv1d(x, weight, bias, groups=x.shape[1], initial_state=initial_state, seq_idx=seq_idx, **options)
+
+
+_depthwise.__name__ = "causal_conv1d"
+
+
+def _on_a_copy(x, state, weight, bias=None, state_indices=None, **options):
+    state = state.clone()
+    return causal_conv1d_update(x, state, weight, bias, state_indices=state_indices, **options), state
+
+
+_on_a_copy.__name__ = "causal_conv1d_update"
+
+
+def _taps(taps):
+    def arguments(make, shape):
+        n, c, _ = shape = (*shape, 1, 1)[:3]
+        return {"x": make(shape), "weight": make((c, 1, taps), 0.5), "bias": make((c,))}
+
+    return arguments
+
+
+def _with_state(make, shape):
+    arguments = _taps(3)(make, shape)
+    n, c, _ = arguments["x"].shape
+    return arguments | {"initial_state": make((n, c, 2))}
+
+
+def _packed(make, shape):
+    arguments = _with_state(make, shape)
+    n, _, length = arguments["x"].shape
+    index = torch.arange(length, device=make.device) // 5 - (torch.arange(length, device=make.device) % 5 == 3).int()
+    return arguments | {"seq_idx": index.to(torch.int32).expand(n, -1)}
+
+
+def _wide(make, shape):
+    arguments = _taps(6)(make, shape)
+    del arguments["bias"]
+    return arguments
+
+
+def _eager(x, weight, bias):
+    taps = weight.shape[2]
+    return F.silu(F.conv1d(F.pad(x, (taps - 1, 0)), weight, bias, groups=x.shape[1]))
+
+
+def _step_arguments(make, shape):
+    arguments = _taps(4)(make, shape)
+    n, c, _ = arguments["x"].shape
+    return {"x": arguments["x"], "state": make((n, c, 3)), "weight": arguments["weight"], "bias": arguments["bias"]}
+
+
+def _slots(make, shape):
+    arguments = _step_arguments(make, shape)
+    n, c, _ = arguments["x"].shape
+    order = torch.arange(n, 0, -1, dtype=torch.int32, device=make.device)
+    if n > 1:
+        order[0] = -1
+    return arguments | {"state": make((n + 2, c, 5)), "state_indices": order}
+
+
+def _eager_step(x, state, weight, bias):
+    state = state.clone()
+    window = torch.cat([state, x], 2)
+    state.copy_(window[..., -state.shape[2] :])
+    return F.silu(F.conv1d(window, weight, bias, groups=x.shape[1])), state
+
+
+CASES = (
+    Case(
+        _depthwise,
+        _taps(4),
+        forms=(_with_state, _packed, _wide),
+        shapes=((2, 3, 37), (1, 1, 1), (0, 2, 4), (2, 3, 0), (1, 5, 64)),
+        small=(1, 2, 3),
+        large=(3, 64, 1031),
+        variants=({"activation": "silu"}, {"dilation": 1}),
+        eager=_eager,
+        bytes=lambda shape, size: 2 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 3 * size * math.prod(shape),
+        bench_shapes=((2, 1024, 2048), (4, 2048, 512), (1, 256, 64), (2, 1024, 1)),
+        bench_variant={"activation": "silu"},
+    ),
+    Case(
+        _on_a_copy,
+        _step_arguments,
+        forms=(_slots,),
+        shapes=((2, 37, 3), (1, 1, 1), (0, 2, 1), (3, 16, 1)),
+        large=(64, 1031, 2),
+        variants=({"activation": "silu"}, {}),
+        constants=None,
+        eager=_eager_step,
+        bytes=lambda shape, size: 2 * size * (math.prod(shape) + 3 * shape[0] * shape[1]),
+        bench_shapes=((64, 2048, 1), (1, 2048, 1)),
+        bench_variant={"activation": "silu"},
+    ),
+)

@@ -1,0 +1,149 @@
+"""causal_conv1d: the same bits in pieces and in steps, sequences that do not touch, and bad arguments."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import genkern
+from genkern import ops
+from genkern.testing import backends
+
+each_backend = pytest.mark.parametrize("backend", ("reference", *backends(op="causal_conv1d")))
+
+
+def _inputs(n, c, length, taps=4):
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(shape, generator=generator) for shape in ((n, c, length), (c, 1, taps), (c,)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n", [1, 32])
+@pytest.mark.parametrize("taps, dilation", [(4, 1), (3, 2)])
+@pytest.mark.parametrize("backend", [b for b in backends(op="causal_conv1d_update") if b != "triton"])
+def test_pieces_and_steps_have_the_bits_of_one_pass(backend, n, threads, taps, dilation):
+    c, length = 21, 131
+    x, weight, bias = _inputs(n, c, length, taps)
+    options = {"dilation": dilation, "activation": "silu"}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with genkern.backend(backend):
+            whole, final = ops.causal_conv1d(x, weight, bias, groups=c, return_final_state=True, **options)
+            for chunk in (1, 7, 64):
+                state = torch.zeros(n, c, (taps - 1) * dilation)
+                steps, pieces, carried = state.clone(), [], []
+                for part in x.split(chunk, 2):
+                    piece, state = ops.causal_conv1d(
+                        part, weight, bias, groups=c, initial_state=state, return_final_state=True, **options
+                    )
+                    pieces.append(piece)
+                    carried.append(ops.causal_conv1d_update(part, steps, weight, bias, **options))
+                assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(state, final)
+                assert torch.equal(torch.cat(carried, 2), whole) and torch.equal(steps, final)
+            assert torch.equal(ops.causal_conv1d(x[:1], weight, bias, groups=c, **options), whole[:1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_backend
+def test_packed_sequences_do_not_touch(backend):
+    """Whatever the neighbours hold; outputs at negative indices are zero."""
+    x, weight, bias = _inputs(1, 3, 20)
+    index = torch.tensor([[0] * 6 + [1] * 9 + [-1] * 5], dtype=torch.int32)
+    options = {"groups": 3, "activation": "silu"}
+    with genkern.backend(backend):
+        alone = [ops.causal_conv1d(part, weight, bias, **options) for part in (x[..., :6], x[..., 6:15])]
+        poisoned = x.clone()
+        poisoned[..., 5] = float("inf")
+        poisoned[..., 15:] = float("nan")
+        y, final = ops.causal_conv1d(poisoned, weight, bias, seq_idx=index, return_final_state=True, **options)
+        torch.testing.assert_close(torch.cat([y[..., :5], y[..., 6:15]], 2), torch.cat([alone[0][..., :5], alone[1]], 2))
+        assert (y[..., 15:] == 0).all()
+        short = torch.tensor([[0] * 18 + [1] * 2], dtype=torch.int32)
+        _, final = ops.causal_conv1d(x, weight, bias, seq_idx=short, return_final_state=True, **options)
+        assert torch.equal(final, torch.cat([torch.zeros(1, 3, 1), x[..., 18:]], 2))
+
+
+@each_backend
+def test_the_future_does_not_reach_the_past(backend):
+    x, weight, bias = _inputs(2, 5, 40)
+    with genkern.backend(backend):
+        expected = ops.causal_conv1d(x, weight, bias, groups=5)
+        for poison in (float("nan"), float("inf")):
+            poisoned = x.clone()
+            poisoned[..., 23:] = poison
+            assert torch.equal(ops.causal_conv1d(poisoned, weight, bias, groups=5)[..., :23], expected[..., :23])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_and_dense(groups):
+    """torch's convolution behind zeros or a state; packed sequences equal those computed alone."""
+    x, state = torch.randn(2, 4, 17, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
+    weight, bias = torch.randn(6, 4 // groups, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    options = {"dilation": 2, "groups": groups, "activation": "silu"}
+    y = ops.causal_conv1d(x, weight, bias, initial_state=state, **options)
+    torch.testing.assert_close(y, F.silu(F.conv1d(torch.cat([state, x], 2), weight, bias, dilation=2, groups=groups)))
+    index = torch.tensor([[0] * 9 + [1] * 8] * 2, dtype=torch.int32)
+    packed = ops.causal_conv1d(x, weight, bias, initial_state=state, seq_idx=index, **options)
+    torch.testing.assert_close(packed[..., :9], y[..., :9])
+    torch.testing.assert_close(packed[..., 9:], ops.causal_conv1d(x[..., 9:], weight, bias, **options))
+
+
+@pytest.mark.parametrize("backend", ("reference", *backends(op="causal_conv1d_update")))
+def test_update_of_slots(backend):
+    """Each request shifts its own slot, an empty one touches nothing, and a state that lies (S, P, C) in memory serves too."""
+    x, weight, bias = _inputs(3, 21, 2)
+    slots = torch.randn(5, 21, 6)
+    indices = torch.tensor([4, -1, 0], dtype=torch.int32)
+    with genkern.backend(backend):
+        for state in (slots.clone(), slots.mT.contiguous().mT):
+            y = ops.causal_conv1d_update(x, state, weight, bias, state_indices=indices)
+            for request, slot in ((0, 4), (2, 0)):
+                alone = slots[slot : slot + 1].clone()
+                assert torch.equal(y[request : request + 1], ops.causal_conv1d_update(x[request : request + 1], alone, weight, bias))
+                assert torch.equal(state[slot : slot + 1], alone)
+            assert (y[1] == 0).all() and torch.equal(state[1:4], slots[1:4])
+
+
+def test_one_step_has_no_time_dimension():
+    x, weight, bias = _inputs(2, 21, 1)
+    states = torch.zeros(2, 2, 21, 3)
+    several = ops.causal_conv1d_update(x, states[0], weight, bias)
+    assert torch.equal(ops.causal_conv1d_update(x[..., 0], states[1], weight[:, 0], bias), several[..., 0])
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"x": torch.zeros(2, 3)}, ValueError, "x must have 3 dimensions"),
+        ({"x": torch.zeros(2, 4, 5, dtype=torch.int32)}, TypeError, "floating point"),
+        ({"groups": 3}, ValueError, "groups must divide"),
+        ({"weight": torch.zeros(4, 2, 3)}, ValueError, "weight must have shape"),
+        ({"bias": torch.zeros(3)}, ValueError, "bias must have shape"),
+        ({"dilation": 0}, ValueError, "dilation must be"),
+        ({"activation": "relu"}, ValueError, "activation must be"),
+        ({"initial_state": torch.zeros(2, 4, 3)}, ValueError, "initial_state must have shape"),
+        ({"seq_idx": torch.zeros(2, 5)}, TypeError, "seq_idx must be int32"),
+    ],
+)
+def test_bad_arguments(change, error, words):
+    arguments = {"x": torch.zeros(2, 4, 5), "weight": torch.zeros(4, 1, 3), "groups": 4} | change
+    with pytest.raises(error, match=words):
+        ops.causal_conv1d(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"state": torch.zeros(2, 4, 1)}, ValueError, "state must have shape"),
+        ({"state_indices": torch.tensor([0, 2], dtype=torch.int32)}, ValueError, "below the number of slots"),
+        ({"state_indices": torch.tensor([0, 1])}, TypeError, "state_indices must be int32"),
+        ({"weight": torch.zeros(4, 1, 3, requires_grad=True)}, RuntimeError, "has no gradient"),
+    ],
+)
+def test_bad_steps_write_nothing(change, error, words):
+    arguments = {"x": torch.zeros(2, 4), "state": torch.ones(2, 4, 2), "weight": torch.zeros(4, 1, 3)} | change
+    before = arguments["state"].clone()
+    with pytest.raises(error, match=words):
+        ops.causal_conv1d_update(**arguments)
+    assert torch.equal(arguments["state"], before)
