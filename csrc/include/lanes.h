@@ -207,6 +207,12 @@ GK_FN double log(double x) { return ::log(x); }
 GK_FN float log1p(float x) { return ::log1pf(x); }
 GK_FN double log1p(double x) { return ::log1p(x); }
 #ifndef __CUDACC__
+GK_FN lane_f32 log1p_polynomial(lane_f32 f) {  // ln(1 + f) for -1/4 <= f < 1/2
+  const lane_f32 z = f * f;
+  const lane_f32 y = horner_fma(f, 0.3333334, -0.25000164, 0.19999579, -0.16655323, 0.14276786, -0.12728232, 0.11697098,
+                                -0.091079414, 0.03762157) * f * z;
+  return f + fma(z, splat<lane_f32>(-0.5), y);
+}
 GK_FN lane_f32 log(lane_f32 x) {  // x = 2^n m, m in [3/4, 3/2); log 0 is -infinity, of negative numbers NaN
   const lane_i32 tiny = x < 0x1p-126f;
   const lane_f32 scaled = tiny ? x * 0x1p23f : x;
@@ -232,10 +238,20 @@ template <class V>
 GK_FN V sigmoid(V x) {
   return 1.0f / (exp(-x) + 1.0f);
 }
+// ln(1 + t) for 0 <= t <= 1: what rounding 1 + t lost is added back, its factor 1 / (1 + t) taken as 1 - t / 2.
+GK_FN float log1p_of_unit(float t) { return log1p(t); }
+GK_FN double log1p_of_unit(double t) { return log1p(t); }
+#ifndef __CUDACC__
+GK_FN lane_f32 log1p_of_unit(lane_f32 t) {
+  const lane_f32 u = t + 1.0f, lost = t - (u - 1.0f);
+  const lane_f32 f = u < 1.5f ? u - 1.0f : u * 0.5f - 1.0f, ln2 = u < 1.5f ? lane_f32{} : splat<lane_f32>(0.693147180559945);
+  return ln2 + fma(lost, fma(t, splat<lane_f32>(-0.5), splat<lane_f32>(1)), log1p_polynomial(f));
+}
+#endif
 template <class V>
 GK_FN V softplus(V x) {  // ln(1 + e^x); ln sigmoid(x) = -softplus(-x)
   const V positive = x < 0 ? V{} : x, negative = x < 0 ? x : -x;
-  return positive + log1p(exp(negative));
+  return positive + log1p_of_unit(exp(negative));
 }
 
 // ---- memory (CPU): kCount numbers, or the first `count` of them with the rest zero

@@ -4,12 +4,16 @@ from genkern.ops.autoregressive._causal_conv import causal_conv1d, causal_conv1d
 from genkern.ops.diffusion._group_norm_act import group_norm_act
 from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.vae._gaussian_kl import gaussian_kl
+from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
 __all__ = [
+    "bernoulli_nll",
     "causal_conv1d",
     "causal_conv1d_update",
+    "discretized_logistic_nll",
     "gaussian_kl",
+    "gaussian_nll",
     "group_norm_act",
     "reparameterize",
     "reparameterize_kl",

@@ -1,0 +1,175 @@
+// Negative log-likelihoods of the decoders: bernoulli_nll, gaussian_nll, discretized_logistic_nll. Summed over each sample in one pass;
+// the backward pass recomputes from the inputs. Formulas: genkern/ops/vae/_likelihood.py.
+#include "rows.h"
+
+namespace gk {
+namespace {
+
+// ---- functors. in: parameters, then the data; row: the gradient of the sample's sum
+
+struct BernoulliNll {  // softplus(l) - x l
+  static constexpr int kInputs = 2, kRowInputs = 0, kOutputs = 0, kSums = 1;
+  NoNoise noise;
+  template <class V>
+  GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
+    term[0] = fma(-in[1], in[0], softplus(in[0]));
+  }
+};
+struct BernoulliNllBackward {
+  static constexpr int kInputs = 2, kRowInputs = 1, kOutputs = 1, kSums = 0;
+  NoNoise noise;
+  template <class V>
+  GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
+    out[0] = row[0] * (sigmoid(in[0]) - in[1]);
+  }
+};
+
+constexpr double kLogTwoPi = 1.8378770664093453;
+
+template <bool kVariance>
+struct Gaussian {  // 1/2 ((x - mu)^2 e^-v + v + ln 2 pi)
+  static constexpr int kInputs = 2 + kVariance, kRowInputs = 0, kOutputs = 0, kSums = 1;
+  NoNoise noise;
+  template <class V>
+  GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
+    const V difference = in[kInputs - 1] - in[0];
+    V twice = fma(difference, difference, splat<V>(kLogTwoPi));
+    if constexpr (kVariance) twice = fma(difference * difference, exp(-in[1]), in[1] + splat<V>(kLogTwoPi));
+    term[0] = twice * 0.5f;
+  }
+};
+template <bool kVariance>
+struct GaussianBackward {
+  static constexpr int kInputs = 2 + kVariance, kRowInputs = 1, kOutputs = 1 + kVariance, kSums = 0;
+  NoNoise noise;
+  template <class V>
+  GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
+    const V difference = in[kInputs - 1] - in[0];
+    V pull = difference;
+    if constexpr (kVariance) {
+      pull = pull * exp(-in[1]);
+      out[1] = row[0] * fma(-difference, pull, splat<V>(1)) * 0.5f;
+    }
+    out[0] = -row[0] * pull;
+  }
+};
+
+// The bin around x reaches half a level to both sides; the outermost bins reach to infinity.
+template <class V>
+struct Bin {
+  V a, b, d, inverse_scale;
+  Mask<V> first, last;
+  GK_FN Bin(const V* in, double half) {
+    const V x = in[2], h = splat<V>(half);
+    inverse_scale = exp(-in[1]);
+    a = (x - in[0] + h) * inverse_scale;
+    b = (x - in[0] - h) * inverse_scale;
+    d = (h + h) * inverse_scale;
+    first = x < h - 1.0f;
+    last = x > 1.0f - h;
+  }
+};
+
+struct DiscretizedLogistic {  // softplus(-a) + softplus(b) - ln(1 - e^-d)
+  static constexpr int kInputs = 3, kRowInputs = 0, kOutputs = 0, kSums = 1;
+  NoNoise noise;
+  double half;
+  template <class V>
+  GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
+    const Bin<V> bin(in, half);
+    const V below = bin.last ? V{} : softplus(-bin.a), above = bin.first ? V{} : softplus(bin.b);
+    const V inside = log(-expm1(-bin.d, exp(-bin.d)));
+    term[0] = below + above - (bin.first || bin.last ? V{} : inside);
+  }
+};
+struct DiscretizedLogisticBackward {
+  static constexpr int kInputs = 3, kRowInputs = 1, kOutputs = 2, kSums = 0;
+  NoNoise noise;
+  double half;
+  template <class V>
+  GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
+    const Bin<V> bin(in, half);
+    const V below = bin.last ? V{} : sigmoid(-bin.a), above = bin.first ? V{} : sigmoid(bin.b);
+    const V inside = bin.d / expm1(bin.d, exp(bin.d));
+    out[0] = row[0] * bin.inverse_scale * (below - above);
+    out[1] = row[0] * ((below * bin.a - above * bin.b) + (bin.first || bin.last ? V{} : inside));
+  }
+};
+
+// ---- tensors
+
+Tensor sums_of(const Tensor& like, int64_t rows, ScalarType type) { return torch::stable::new_empty(like, {rows}, type); }
+
+Tensor bernoulli_nll(Tensor logits, Tensor x) {
+  const Rows l(logits), data(x);
+  Tensor nll = sums_of(logits, l.shape().rows, sum_type(promote(logits.scalar_type(), x.scalar_type())));
+  run_rows(BernoulliNll{}, l.shape(), {l.array(), data.array()}, {}, {}, {per_row(nll)}, logits);
+  return nll;
+}
+
+std::vector<Tensor> bernoulli_nll_backward(Tensor grad, Tensor logits, Tensor x) {
+  const Rows l(logits), data(x);
+  Tensor d = torch::stable::new_empty(logits, logits.sizes());
+  run_rows(BernoulliNllBackward{}, l.shape(), {l.array(), data.array()}, {per_row(grad)}, {Rows(d).array()}, {}, logits);
+  return {d};
+}
+
+ScalarType type_of(const Tensor& mu, const MaybeTensor& second, const Tensor& x) {
+  const ScalarType type = promote(mu.scalar_type(), x.scalar_type());
+  return sum_type(second ? promote(type, second->scalar_type()) : type);
+}
+
+Tensor gaussian_nll(Tensor mu, MaybeTensor log_var, Tensor x) {
+  const Rows m(mu), data(x);
+  Tensor nll = sums_of(mu, m.shape().rows, type_of(mu, log_var, x));
+  if (log_var) {
+    const Rows v(*log_var);
+    run_rows(Gaussian<true>{}, m.shape(), {m.array(), v.array(), data.array()}, {}, {}, {per_row(nll)}, mu);
+  } else {
+    run_rows(Gaussian<false>{}, m.shape(), {m.array(), data.array()}, {}, {}, {per_row(nll)}, mu);
+  }
+  return nll;
+}
+
+std::vector<Tensor> gaussian_nll_backward(Tensor grad, Tensor mu, MaybeTensor log_var, Tensor x) {
+  const Rows m(mu), data(x);
+  Tensor d_mu = torch::stable::new_empty(mu, mu.sizes());
+  if (!log_var) {
+    run_rows(GaussianBackward<false>{}, m.shape(), {m.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array()}, {}, mu);
+    return {d_mu};
+  }
+  const Rows v(*log_var);
+  Tensor d_log_var = torch::stable::new_empty(*log_var, log_var->sizes());
+  run_rows(GaussianBackward<true>{}, m.shape(), {m.array(), v.array(), data.array()}, {per_row(grad)},
+           {Rows(d_mu).array(), Rows(d_log_var).array()}, {}, mu);
+  return {d_mu, d_log_var};
+}
+
+Tensor discretized_logistic_nll(Tensor mu, Tensor log_scale, Tensor x, int64_t levels) {
+  const Rows m(mu), s(log_scale), data(x);
+  Tensor nll = sums_of(mu, m.shape().rows, type_of(mu, log_scale, x));
+  const DiscretizedLogistic f{{}, 1.0 / static_cast<double>(levels - 1)};
+  run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {}, {}, {per_row(nll)}, mu);
+  return nll;
+}
+
+std::vector<Tensor> discretized_logistic_nll_backward(Tensor grad, Tensor mu, Tensor log_scale, Tensor x, int64_t levels) {
+  const Rows m(mu), s(log_scale), data(x);
+  Tensor d_mu = torch::stable::new_empty(mu, mu.sizes()), d_log_scale = torch::stable::new_empty(log_scale, log_scale.sizes());
+  const DiscretizedLogisticBackward f{{}, 1.0 / static_cast<double>(levels - 1)};
+  run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array(), Rows(d_log_scale).array()}, {}, mu);
+  return {d_mu, d_log_scale};
+}
+
+}  // namespace
+
+GENKERN_LIBRARY(m) {
+  m.impl("_bernoulli_nll", TORCH_BOX(&bernoulli_nll));
+  m.impl("_bernoulli_nll_backward", TORCH_BOX(&bernoulli_nll_backward));
+  m.impl("_gaussian_nll", TORCH_BOX(&gaussian_nll));
+  m.impl("_gaussian_nll_backward", TORCH_BOX(&gaussian_nll_backward));
+  m.impl("_discretized_logistic_nll", TORCH_BOX(&discretized_logistic_nll));
+  m.impl("_discretized_logistic_nll_backward", TORCH_BOX(&discretized_logistic_nll_backward));
+}
+
+}  // namespace gk
