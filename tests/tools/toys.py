@@ -43,7 +43,7 @@ class ToyDenoiser(Model):
 
     @torch.no_grad()
     def sample(self, n, *, key, batch_size=256):
-        return self.net(genkern.random.normal(genkern.random.split(key, n), (n, self.config.features)))
+        return self.net(genkern.random.normal(self.sample_keys(n, key), (n, self.config.features)))
 
 
 class ToyDropout(ToyDenoiser):
@@ -101,7 +101,7 @@ class ToyImages(Model):
 
     @torch.no_grad()
     def sample(self, n, *, labels, key, batch_size=256):
-        noise = genkern.random.normal(genkern.random.split(key, n), (n, 1, self.config.size, self.config.size))
+        noise = genkern.random.normal(self.sample_keys(n, key), (n, 1, self.config.size, self.config.size))
         return ((self.mean[labels] + 0.1 * noise).clamp(-1, 1) + 1).mul(self.config.levels / 2).round().to(torch.uint8)
 
     def traverse(self, *, steps=9, key=None):
