@@ -1,16 +1,24 @@
-"""The command `genkern`: info, build, verify, bench."""
+"""The command `genkern`: info, build, verify, bench, and for models train, sample, eval, traverse."""
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
 import json
+import os
 import platform
+import re
+import shutil
 import sys
+import types
+import typing
+from pathlib import Path
 
 COMMANDS = {}
 
 
 def command(function):
-    COMMANDS[function.__name__] = function
+    COMMANDS[function.__name__.rstrip("_")] = function
     return function
 
 
@@ -118,3 +126,280 @@ def bench(argv):
     from genkern.testing.bench import main as run
 
     return run(argv)
+
+
+# ---- models
+
+
+@command
+def train(argv):
+    """Train a model: genkern train vae --data digits --out run [--resume] [--epochs 20 ...]; under torchrun by several processes."""
+    head = argparse.ArgumentParser(prog="genkern train", add_help=False)
+    head.add_argument("name", nargs="?")
+    name = head.parse_known_args(argv[:1])[0].name
+    parser = argparse.ArgumentParser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
+    parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
+    parser.add_argument("--data", required=True, help="digits, a folder of images or .wav files, a .npy file, any file as text")
+    parser.add_argument("--length", type=int, help="of the windows into which text or sound is cut")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints within an epoch")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    if not name or name.startswith("-"):
+        parser.parse_args(argv)
+        return 2
+    with _words("train"):
+        kind = model_class(name)
+    from genkern.models._base import Training
+
+    chosen = {}
+    for owner, defaults in ((Training, kind.training), (kind.Config, None)):
+        group = parser.add_argument_group("training" if owner is Training else f"{kind.__name__}, by default fitted to the data")
+        hints = typing.get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            default = getattr(defaults, field.name) if defaults else field.default
+            note = "" if default is dataclasses.MISSING else f"(default: {default})"
+            option = "--" + field.name.replace("_", "-")
+            group.add_argument(option, type=_reader(hints[field.name]), default=argparse.SUPPRESS, help=note, metavar="X")
+            chosen.setdefault(owner, []).append(field.name)
+    arguments = vars(parser.parse_args(argv))
+    with _words("train"), _processes() as (rank, world):
+        import torch
+
+        from genkern import data, plots
+        from genkern.train import fit
+
+        given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = arguments["device"] or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        source = data.load(arguments["data"], length=arguments["length"])
+        torch.manual_seed(arguments["seed"])
+        model = kind(kind.config_for(source, **given[kind.Config])).to(device)
+        if rank == 0:
+            count = sum(p.numel() for p in model.parameters())
+            of = f"{len(source.train[0])} of shape {tuple(source.shape)}"
+            print(f"{kind.__name__}, {count:,} parameters, on {of} from {source.name}, on {device}" + f" x {world}" * (world > 1))
+        out = Path(arguments["out"])
+        if arguments["resume"] and rank == 0 and not (out / "last.safetensors").exists():
+            print(f"nothing to resume in {out}: beginning", file=sys.stderr)
+        rest = {"resume": arguments["resume"], "seed": arguments["seed"], "save_every": arguments["save_every"]}
+        history = fit(model, source, out, **rest, **given[Training])
+        if rank == 0 and history:
+            print(plots.table(history[-1:], shutil.get_terminal_size().columns))
+            figures = ["curves.png"]
+            _picture(out / "curves.png", plots.curves(history).savefig, dpi=120)
+            if len(source.shape) == 3 and source.shape[0] in (1, 3):
+                best = load_run(out, device)[0]
+                _picture(out / "samples.png", _samples(best, 64, arguments["seed"], None).save)
+                figures.append("samples.png")
+            print(f"wrote {out}: the best weights, {', '.join(figures)}")
+
+
+@command
+def sample(argv):
+    """Draw samples from a trained model into a PNG grid (or .npy): genkern sample run --n 64 [--label 3] --out grid.png"""
+    parser = _run_parser("sample", sample)
+    parser.add_argument("--n", type=int, default=64)
+    parser.add_argument("--label", type=int, help="of the class, for a model of classes; by default all in turn")
+    parser.add_argument("--out", default="samples.png", help="a .png, or .npy for the numbers themselves")
+    arguments = parser.parse_args(argv)
+    with _words("sample"):
+        if arguments.n < 1:
+            raise ValueError(f"--n must be at least 1, got {arguments.n}")
+        out = Path(arguments.out)
+        model, _ = load_run(arguments.folder, arguments.device)
+        if out.suffix == ".npy":
+            import numpy as np
+
+            values = _draw(model, arguments.n, arguments.seed, arguments.label).cpu().numpy()
+            _picture(out, lambda file, **_: np.save(file, values))
+        else:
+            _picture(out, _samples(model, arguments.n, arguments.seed, arguments.label).save)
+        print(f"wrote {out}")
+
+
+@command
+def eval_(argv):
+    """Evaluate a trained model on a split: its losses, and nats and bits per dimension where it has a likelihood (--json)."""
+    parser = _run_parser("eval", eval_)
+    parser.add_argument("--data", help="by default that of the training")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    with _words("eval"):
+        from genkern import data, plots, random
+
+        model, run = load_run(arguments.folder, arguments.device)
+        if not (name := arguments.data or run.get("data")):
+            raise ValueError(f"{arguments.folder} does not name its data: give --data")
+        source = data.load(name, length=run.get("length"))
+        values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        if arguments.json:
+            print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
+        else:
+            columns = shutil.get_terminal_size().columns
+            print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
+
+
+@command
+def traverse(argv):
+    """Walk along each direction of a model's latent space, a row of images each: genkern traverse run --out traverse.png"""
+    parser = _run_parser("traverse", traverse)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--out", default="traverse.png")
+    arguments = parser.parse_args(argv)
+    with _words("traverse"):
+        from genkern import plots, random
+
+        model, _ = load_run(arguments.folder, arguments.device)
+        if not hasattr(model, "traverse"):
+            raise ValueError(f"{type(model).__name__} has no latent directions to traverse")
+        images = model.traverse(steps=arguments.steps, key=random.key(arguments.seed))
+        _picture(Path(arguments.out), plots.grid(images, levels=getattr(model.config, "levels", None)).save)
+        print(f"wrote {arguments.out}")
+
+
+def model_names():
+    """{name at the command line: class}: BetaVAE is beta-vae."""
+    from genkern.models._base import MODELS
+
+    return {_kebab(name): kind for name, kind in sorted(MODELS.items()) if hasattr(kind, "Config")}
+
+
+def model_class(name):
+    """The class of a name; conditional-vae also answers to ConditionalVAE, conditionalvae and, where no other does, cvae."""
+    names = model_names()
+    plain = lambda text: re.sub("[-_]", "", text).lower()
+    initials = lambda text: "".join(word[0] for word in text.split("-")[:-1]) + text.split("-")[-1]
+    found = [kind for full, kind in names.items() if plain(full) == plain(name)]
+    found = found or [kind for full, kind in names.items() if "-" in full and initials(full) == name.lower()]
+    if len(found) == 1:
+        return found[0]
+    close = difflib.get_close_matches(name.lower(), names, 1)
+    raise ValueError(f"no model {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"the models are {', '.join(names)}"))
+
+
+def load_run(folder, device=None):
+    """(the model, what run.json says) of a folder that fit() or save_pretrained() wrote."""
+    import torch
+
+    from genkern import models
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if (folder / "run.json").exists() and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load(folder).to(device)
+    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+    return model, run
+
+
+def _run_parser(name, function):
+    parser = argparse.ArgumentParser(prog=f"genkern {name}", description=function.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", help="of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    return parser
+
+
+def _draw(model, n, seed, label):
+    """n samples; those of a model of classes with the given label, or with all in turn."""
+    import torch
+
+    from genkern import random
+
+    key, classes = random.key(seed), getattr(model.config, "classes", None)
+    if "labels" not in model.conditions:
+        if label is not None:
+            raise ValueError(f"{type(model).__name__} knows no labels: leave --label out")
+        return model.sample(n, key=key)
+    if label is not None and not 0 <= label < classes:
+        raise ValueError(f"--label must be in 0..{classes - 1}, got {label}")
+    labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
+    return model.sample(n, key=key, labels=labels.to(next(model.parameters()).device))
+
+
+def _samples(model, n, seed, label):
+    from genkern import plots
+
+    return plots.grid(_draw(model, n, seed, label), levels=getattr(model.config, "levels", None))
+
+
+def _picture(path, save, **settings):
+    """Through save(file), whole or not at all."""
+    import io
+
+    from genkern.models._base import write
+
+    if path.suffix not in (".png", ".npy"):
+        raise ValueError(f"the file must end in .png, got {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
+    file = io.BytesIO()
+    save(file, **({"format": "png"} if path.suffix == ".png" else {}), **settings)
+    write(path, file.getvalue())
+
+
+@contextlib.contextmanager
+def _words(name):
+    """What a user can mend is one line and exit status 2, no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("GENKERN_TRACEBACK"):
+            raise
+        print(f"genkern {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"genkern {name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def _processes():
+    """(rank, number of processes), joined where torchrun or accelerate launch started several."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield 0, 1
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield torch.distributed.get_rank(), world
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _kebab(name):
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+
+
+def _reader(hint):
+    """From text to a value of an annotated type: int, float, str, bool, a tuple of numbers (1,2,2), or one of these or None."""
+    kinds = [k for k in typing.get_args(hint) if k is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+    def number(text):
+        try:
+            return int(text)
+        except ValueError:
+            return float(text)
+
+    def read(text):
+        if optional and text.lower() == "none":
+            return None
+        kind = typing.get_origin(kinds[0]) or kinds[0]
+        if kind is bool:
+            if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+                raise ValueError
+            return text.lower() in ("true", "yes", "1")
+        return tuple(number(part) for part in text.split(",") if part) if kind in (tuple, list) else kind(text)
+
+    read.__name__ = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)  # what argparse names in its error
+    return read

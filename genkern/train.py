@@ -56,7 +56,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     folder = None if out is None else Path(out)
     facts = {"class": type(core).__name__, "genkern": __version__, "data": data.name, "length": data.length, "seed": seed,
              "training": dataclasses.asdict(settings)}  # fmt: skip
-    if folder is not None and _prepare(folder, facts, resume, write_files=rank == 0):
+    if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
         run.restore(folder / "last.safetensors", facts)
     elif world > 1:  # one start for all
         for x in core.state_dict().values():
@@ -112,6 +112,25 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     run.keep_average()
     core.eval()
     return run.history
+
+
+def sample(model, n, *, key, batch_size=256, **conditions):
+    """model.sample(n, key=key, ...) with the work divided among the processes: each returns all n samples, the same as one alone.
+
+    For models whose sample() takes one key per sample. conditions: tensors with n rows, or the same for all.
+    """
+    rank, world = _rank_and_world()
+    share = -(-n // world)
+    mine = slice(min(n, rank * share), min(n, (rank + 1) * share))
+    rows = {name: x[mine] if isinstance(x, torch.Tensor) and x.dim() and len(x) == n else x for name, x in conditions.items()}
+    part = model.sample(mine.stop - mine.start, key=random.split(key, n)[mine], batch_size=batch_size, **rows)
+    if world == 1:
+        return part
+    padded = part.new_zeros((share, *part.shape[1:]))  # a gather needs equal parts
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat(parts)[:n]
 
 
 class _Run:
@@ -255,15 +274,13 @@ def _settings(model, training):
     return s
 
 
-def _prepare(folder, facts, resume, write_files):
+def _prepare(folder, facts, resume):
     """Make the folder ready; whether it holds a run to resume."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"fit: {folder} is a file, expected a folder")
     exists = (folder / "last.safetensors").exists()
     if not resume and any((folder / name).exists() for name in FILES):
         raise FileExistsError(f"fit: {folder} holds a run: resume it (resume=True, --resume) or choose another folder")
-    if not write_files:
-        return exists
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:  # what a killed write left
         for leftover in folder.glob(f"{name}.????????"):
@@ -271,6 +288,23 @@ def _prepare(folder, facts, resume, write_files):
     if not exists:
         write(folder / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
     return exists
+
+
+def _first_decides(question, device):
+    """The answer of the first process, for all: the others would see what it has written meanwhile."""
+    rank, world = _rank_and_world()
+    if world == 1:
+        return question()
+    answer, error = torch.full((), 2, device=device), None
+    if rank == 0:
+        try:
+            answer.fill_(int(question()))
+        except OSError as caught:
+            error = caught
+    torch.distributed.broadcast(answer, 0)
+    if answer == 2:
+        raise error or RuntimeError("fit: the first process could not use the folder")
+    return bool(answer)
 
 
 def _scale(settings, step, total):

@@ -47,7 +47,7 @@ class Model(torch.nn.Module):
     config_for   how it fits a data set
     objectives   its losses and their parameters, where there are several
     forward(batch, *, key, **conditions) -> Output; key (2,), or (N, 2) for noise per sample that no batch size changes
-    sample(n, *, key, batch_size, **conditions)
+    sample(n, *, key, batch_size, **conditions); key as sample_keys() takes it
     and where they make sense:
     log_prob(inputs, *, key, **conditions)      (N,) in nats
     bits_per_dim(inputs, *, key, **conditions)  (N,), for uint8 inputs with a discrete log-probability or a named bound of it
@@ -71,6 +71,14 @@ class Model(torch.nn.Module):
     def optimizer(self, parameters, training):
         """A torch optimizer for the parameters of one objective; the shared loop sets its learning rate at every step."""
         return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
+
+    def sample_keys(self, n, key=None, generator=None):
+        """One key per sample (n, 2) on the model's device: of one key (2,) by split(), drawn anew, or (n, 2) as they are."""
+        device = next(self.parameters()).device
+        key = random.draw_key(generator, device) if key is None else key
+        if key.dim() == 2 and len(key) != n:
+            raise ValueError(f"{type(self).__name__}: sample of {n} needs one key or {n}, got {len(key)}")
+        return (key if key.dim() == 2 else random.split(key, n)).to(device)
 
     @torch.no_grad()
     def evaluate(self, inputs, labels=None, *, key, batch_size=256, likelihood=False):

@@ -6,7 +6,7 @@ import torch
 
 import genkern
 import genkern.data
-from genkern.models._base import Model, Output, Training
+from genkern.models._base import Model, Output, Training, ink
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class ToyDenoiser(Model):
 
     @torch.no_grad()
     def sample(self, n, *, key, batch_size=256):
-        return self.net(genkern.random.normal(genkern.random.split(key, n), (n, self.config.features)))
+        return self.net(genkern.random.normal(self.sample_keys(n, key), (n, self.config.features)))
 
 
 class ToyDropout(ToyDenoiser):
@@ -67,6 +67,45 @@ class ToyAdversary(ToyDenoiser):
             return Output(torch.nn.functional.softplus(-self.critic(fake)).mean(), {})
         loss = torch.nn.functional.softplus(-self.critic(batch)) + torch.nn.functional.softplus(self.critic(fake.detach()))
         return Output(loss.mean(), {"real": self.critic(batch).mean().detach()})
+
+
+@dataclasses.dataclass
+class ToyImagesConfig:
+    size: int = 8
+    levels: int = 16
+    classes: int = 10
+    scale: float = 0.5
+
+
+class ToyImages(Model):
+    """Images from labels: an independent normal per pixel and class, with a likelihood."""
+
+    Config = ToyImagesConfig
+    training = Training(epochs=2, batch_size=200, learning_rate=5e-2)
+    conditions = ("labels",)
+
+    @classmethod
+    def config_for(cls, data, **settings):
+        return cls.Config(**{"size": data.shape[-1], "levels": data.levels, "classes": data.classes, **settings})
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mean = torch.nn.Parameter(torch.zeros(config.classes, 1, config.size, config.size))
+
+    def forward(self, batch, *, labels, key=None):
+        return Output(-self.log_prob(batch, labels=labels).mean(), {})
+
+    def log_prob(self, batch, *, labels, key=None):
+        x = 2 * ink(batch, self.config.levels) - 1
+        return torch.distributions.Normal(self.mean[labels], self.config.scale).log_prob(x).sum((1, 2, 3))
+
+    @torch.no_grad()
+    def sample(self, n, *, labels, key, batch_size=256):
+        noise = genkern.random.normal(self.sample_keys(n, key), (n, 1, self.config.size, self.config.size))
+        return ((self.mean[labels] + 0.1 * noise).clamp(-1, 1) + 1).mul(self.config.levels / 2).round().to(torch.uint8)
+
+    def traverse(self, *, steps=9, key=None):
+        return torch.linspace(-1, 1, steps).view(1, -1, 1, 1, 1).expand(2, steps, 1, 4, 4)
 
 
 def points(n=100):

@@ -1,0 +1,78 @@
+"""Pictures of samples and of training, for files and notebooks alike: grid(images) is shown by a notebook as it is."""
+
+import math
+
+import torch
+
+
+def grid(images, *, levels=None, columns=None, scale=None):
+    """A PIL image of the tiles of images (N, C, H, W), or (rows, columns, C, H, W), C 1 or 3.
+
+    uint8 0..levels (default 255), or float in [-1, 1]. scale: whole pixels per pixel; by default small tiles grow to 32.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('grid: needs Pillow, of the extra "models": pip install "genkern[models]"') from error
+    if not isinstance(images, torch.Tensor) or images.dim() not in (4, 5) or images.shape[-3] not in (1, 3) or images.numel() == 0:
+        found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"grid: images must be (N, C, H, W) with C 1 or 3 and N at least 1, got {found}")
+    if images.dim() == 5:
+        columns, images = images.shape[1], images.flatten(0, 1)
+    x = images.detach().cpu()
+    if x.dtype == torch.uint8:
+        top = 255 if levels is None else levels
+        if x.max() > top:
+            raise ValueError(f"grid: uint8 images must be in [0, {top}], found {x.max()}")
+        x = x.float() / top
+    elif x.is_floating_point():
+        x = x.float()
+        if not (x.min() >= -1 and x.max() <= 1):
+            raise ValueError(f"grid: float images must be in [-1, 1], found [{x.min():g}, {x.max():g}]")
+        x = (x + 1) / 2
+    else:
+        raise TypeError(f"grid: images must be uint8 or float, got {images.dtype}")
+    n, c, h, w = x.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = scale or max(1, 32 // max(h, w))
+    canvas = torch.full((rows * columns, c, h + 1, w + 1), 0.5)  # a grey line around each tile
+    canvas[:n, :, 1:, 1:] = x
+    canvas = canvas.view(rows, columns, c, h + 1, w + 1).permute(0, 3, 1, 4, 2).reshape(rows * (h + 1), columns * (w + 1), c)
+    pixels = (canvas * 255).round().to(torch.uint8).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return Image.fromarray(pixels.squeeze(-1).numpy() if c == 1 else pixels.numpy())
+
+
+def curves(history):
+    """A matplotlib figure of a history that fit() returned (or history.json): the losses in training and validation per epoch."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError as error:
+        raise ImportError('curves: needs matplotlib, of the extra "models": pip install "genkern[models]"') from error
+    if not history:
+        raise ValueError("curves: the history is empty")
+    names = [name for name in history[-1] if name not in ("epoch", "seconds") and not name.startswith("validation_")]
+    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for key, label in ((name, "training"), (f"validation_{name}", "validation")):
+            if key in history[-1]:
+                axes.plot(
+                    [row["epoch"] for row in history], [row.get(key) for row in history], label=label, marker="." * (len(history) < 30)
+                )
+        axes.set(xlabel="epoch", title=name)
+        axes.legend()
+    return figure
+
+
+def table(rows, width=80):
+    """Text of dicts with one row each, no wider than `width`: the columns that do not fit are left out, as the last line says."""
+    cell = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)
+    names, widths, left = list(rows[0]), [], []
+    for name in names:
+        widths.append(max(len(name), *(len(cell(row.get(name, ""))) for row in rows)))
+    while len(names) > 1 and sum(widths) + 2 * (len(names) - 1) > width:
+        left.append(names.pop())
+        widths.pop()
+    lines = ["  ".join(name.rjust(w) for name, w in zip(names, widths, strict=True))]
+    lines += ["  ".join(cell(row.get(name, "")).rjust(w) for name, w in zip(names, widths, strict=True)) for row in rows]
+    return "\n".join(lines + ([f"(not shown: {', '.join(reversed(left))})"] if left else []))

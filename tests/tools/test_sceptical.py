@@ -1,0 +1,155 @@
+"""What people do with a model of ours outside the shared loop, and what they get wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toys import ToyAdversary, ToyConfig, ToyDenoiser, ToyImages, points, toy
+
+import genkern
+from genkern.models import VAE, VAEConfig
+from genkern.train import fit
+
+
+def vae(**settings):
+    torch.manual_seed(0)
+    return VAE(VAEConfig(**{"levels": 16, "width": 4, "hidden": 32, "latent": 4, **settings}))
+
+
+def images(n=32):
+    return torch.randint(0, 17, (n, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_my_own_loop_under_bfloat16_autocast():
+    model, x = vae(), images() // 4
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for key in genkern.random.split(genkern.random.key(0), 25):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, key=key).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert loss.dtype == torch.float32 and losses[-1] < losses[0] - 3
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model(x, key=key).loss.item()
+    assert near == pytest.approx(model(x, key=key).loss.item(), rel=1e-2)
+
+
+def test_a_compiled_model_trains_in_the_shared_loop(tmp_path):
+    compiled = torch.compile(toy(), backend="aot_eager")
+    history = fit(compiled, points(), tmp_path, epochs=2, progress=False)
+    wanted = fit(toy(), points(), epochs=2, progress=False)
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
+    loaded = genkern.load(tmp_path)  # its names carry no trace of the compiler
+    assert type(loaded) is ToyDenoiser and loaded.state_dict().keys() == toy().state_dict().keys()
+
+
+def test_a_batch_on_another_device_is_an_error():
+    with pytest.raises((RuntimeError, ValueError), match="device|meta"):
+        vae()(images().to("meta"), key=genkern.random.key(0)).loss.backward()
+
+
+def test_float_images_up_to_255_are_refused_with_their_range():
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], found \[0, 255\]"):
+        x = images().float() * 255 / 16
+        x[0], x[1] = 0, 255
+        vae()(x, key=genkern.random.key(0))
+
+
+def test_saved_here_and_loaded_in_another_process(tmp_path):
+    model, key = vae(), genkern.random.key(3)
+    model.save_pretrained(tmp_path)
+    program = "import sys, genkern; print(genkern.load(sys.argv[1]).sample(4, key=genkern.random.key(3)).flatten().tolist())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(genkern.__file__).parent.parent)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(model.sample(4, key=key).flatten().tolist()), done.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, error, words",
+    [
+        ({"epoch": 3}, TypeError, "no setting epoch; Training has batch_size"),
+        ({"batch_size": 0}, ValueError, "batch_size cannot be 0"),
+        ({"ema": 1.0}, ValueError, "ema cannot be 1.0"),
+        ({"precision": "float16"}, ValueError, "precision cannot be 'float16'"),
+        ({"resume": True}, ValueError, "needs the folder"),
+        ({"save_every": 0}, ValueError, "save_every must be positive"),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(settings, error, words):
+    with pytest.raises(error, match=words):
+        fit(toy(), points(), progress=False, **settings)
+
+
+def test_a_loss_that_explodes_is_told_and_the_last_good_checkpoint_stays(tmp_path):
+    class Explodes(ToyDenoiser):
+        def forward(self, batch, *, key=None):
+            loss, parts = super().forward(batch, key=key)
+            return genkern.models.Output(loss * (float("nan") if self.bad else 1), parts)
+
+    model = Explodes(ToyConfig())
+    model.bad = False
+    fit(model, points(), tmp_path, epochs=1, progress=False)
+    before = (tmp_path / "last.safetensors").read_bytes()
+    model.bad = True
+    with pytest.raises(FloatingPointError, match="loss is nan in epoch 2"):
+        fit(model, points(), tmp_path, resume=True, epochs=3, progress=False)
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+
+
+def test_a_run_is_resumed_only_as_what_it_was(tmp_path):
+    fit(toy(), points(), tmp_path, epochs=1, progress=False)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        fit(toy(), points(), tmp_path, epochs=1, progress=False)
+    for changed, words in (
+        ({"seed": 1}, "seed 0, got 1"),
+        ({"ema": 0.5}, "ema None, got 0.5"),
+        ({"batch_size": 8}, "batch_size 16, got 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit(toy(), points(), tmp_path, resume=True, epochs=2, progress=False, **changed)
+    with pytest.raises(ValueError, match="class 'ToyDenoiser', got 'ToyAdversary'"):
+        fit(toy(ToyAdversary), points(), tmp_path, resume=True, epochs=2, progress=False)
+    with pytest.raises(ValueError, match=r"0.weight of torch.float32 \(8, 2\), expected torch.float32 \(4, 2\)"):
+        fit(ToyDenoiser(ToyConfig(hidden=4)), points(), tmp_path, resume=True, epochs=2, progress=False)
+    assert len(fit(toy(), points(), tmp_path, resume=True, epochs=3, progress=False)) == 3
+
+
+def test_evaluate_counts_every_input_once():
+    model, x = ToyImages(ToyImages.Config()), images(10)
+    labels = torch.arange(10)
+    whole = model.evaluate(x, labels, key=genkern.random.key(0), likelihood=True)
+    parts = model.evaluate(x, labels, key=genkern.random.key(0), batch_size=3, likelihood=True)
+    assert whole == pytest.approx(parts) and whole["loss"] == pytest.approx(-model.log_prob(x, labels=labels).mean().item())
+
+
+def test_a_grid_in_a_notebook():
+    pytest.importorskip("PIL")
+    from genkern import plots
+
+    x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    x[2] = 16
+    picture = plots.grid(x, levels=16, columns=2, scale=1)
+    assert picture.size == (18, 18) and picture.getpixel((1, 10)) == 255 and picture.getpixel((1, 1)) == 0
+    assert hasattr(picture, "_repr_png_")
+    assert plots.grid(torch.zeros(2, 3, 4, 4)).mode == "RGB"
+    for wrong, words in ((torch.zeros(2, 2, 4, 4), "C 1 or 3"), (torch.full((1, 1, 2, 2), 7.0), r"found \[7, 7\]"), (x, "found 16")):
+        with pytest.raises(ValueError, match=words):
+            plots.grid(wrong, levels=3)
+
+
+def test_curves_and_table():
+    pytest.importorskip("matplotlib")
+    from genkern import plots
+
+    history = fit(toy(), points(), epochs=2, progress=False)
+    figure = plots.curves(history)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "size"] and len(figure.axes[0].lines) == 2
+    text = plots.table([{"a": 1.23456789, "long name": 2, "more": 3}], width=16)
+    assert text.splitlines() == ["    a  long name", "1.235          2", "(not shown: more)"]
