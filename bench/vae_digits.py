@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import genkern
 from genkern.data import digits
@@ -31,11 +32,11 @@ class EagerVAE(VAE):
         return torch.randn_like(mu)
 
     def forward(self, batch, *, key):
-        x = self._ink(batch)
-        mu, log_var = self.encoder(2 * x - 1).chunk(2, 1)
+        x = self._images(batch)
+        mu, log_var = self.encoder(x).chunk(2, 1)
         z = mu + torch.exp(0.5 * log_var) * self.noise(mu, key)
         kl = -0.5 * (1 + log_var - mu.pow(2) - log_var.exp()).sum(1).mean()
-        nll = -self._log_likelihood(x, z).mean()
+        nll = F.binary_cross_entropy_with_logits(self.decoder(z), (x + 1) / 2, reduction="none").flatten(1).sum(1).mean()
         return Output(nll + kl, {"nll": nll.detach(), "kl": kl.detach()})
 
 

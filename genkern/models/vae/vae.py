@@ -1,25 +1,29 @@
-"""VAE: the variational autoencoder of Kingma & Welling (2014) for small images with grey levels.
+"""VAE: the variational autoencoder of Kingma & Welling (2014) for small images, and its conditional and importance-weighted kin.
 
-A latent z ~ N(0, I) is decoded to one probability per pixel, p(x|z) = Bernoulli(sigmoid(decoder(z))); an encoder gives
-q(z|x), a diagonal Gaussian near the posterior. Training maximises the evidence lower bound
+A latent z ~ N(0, I) is decoded to a distribution of each pixel; an encoder gives q(z|x), a diagonal Gaussian near the posterior.
+Training maximises the evidence lower bound
 
     log p(x) >= E_q [log p(x|z)] - KL(q(z|x) || N(0, I)).
 
-A grey pixel counts as the probability x in [0, 1] of a black-and-white one: log p(x|z) = sum of x log p + (1 - x) log(1 - p),
-the mean over all black-and-white images drawn with these probabilities. The bound stays a bound: on the mean log-probability
-of those images, not on that of the grey levels.
+The decoder's distribution is one of
+    bernoulli               a grey pixel counts as the probability x in [0, 1] of a black-and-white one: log p(x|z) = sum of
+                            x log p + (1 - x) log(1 - p). The bound stays a bound, on the mean log-probability of the black-and-white
+                            images drawn with these probabilities, not on that of the grey levels
+    gaussian                a density of the pixels in [-1, 1], with one learned variance per channel
+    discretized_logistic    a probability of the grey levels themselves, with one learned scale per channel: gives bits per dimension
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from genkern import random
-from genkern.models._base import Model, Output, ink
-from genkern.ops import reparameterize_kl
+from genkern.models._base import Model, Output, Training, ink
+from genkern.ops import bernoulli_nll, discretized_logistic_nll, gaussian_nll, reparameterize_kl
+
+LIKELIHOODS = ("bernoulli", "gaussian", "discretized_logistic")
 
 
 @dataclass
@@ -31,95 +35,194 @@ class VAEConfig:
     width: int = 16
     hidden: int = 256
     beta: float = 1.0  # weight of the divergence in the loss (Higgins et al., 2017)
+    likelihood: str = "bernoulli"
+    network: str = "conv"  # or "mlp"
 
 
 class VAE(Model):
     """VAE(VAEConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]; figures in nats."""
 
     Config = VAEConfig
+    training = Training(epochs=100, batch_size=64, learning_rate=1e-3)
+
+    @classmethod
+    def config_for(cls, data, **settings):
+        if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
+            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {data.name} of shape {tuple(data.shape)}")
+        return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
 
     def __init__(self, config):
         super().__init__(config)
-        c, half = config, config.size // 2
+        name, c = type(self).__name__, config
         if c.size < 2 or c.size % 2:
-            raise ValueError(f"VAE: size must be a multiple of 2, got {c.size}")
+            raise ValueError(f"{name}: size must be a multiple of 2, got {c.size}")
         if not 1 <= c.levels <= 255:
-            raise ValueError(f"VAE: levels must be in 1..255, got {c.levels}")
-        self.encoder = nn.Sequential(
-            nn.Conv2d(c.channels, c.width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(c.width, 2 * c.width, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(2 * c.width * half**2, c.hidden),
-            nn.SiLU(),
-            nn.Linear(c.hidden, 2 * c.latent),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(c.latent, c.hidden),
-            nn.SiLU(),
-            nn.Linear(c.hidden, 2 * c.width * half**2),
-            nn.SiLU(),
-            nn.Unflatten(1, (2 * c.width, half, half)),
-            nn.ConvTranspose2d(2 * c.width, c.width, 4, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(c.width, c.channels, 3, padding=1),
-        )
+            raise ValueError(f"{name}: levels must be in 1..255, got {c.levels}")
+        if c.likelihood not in LIKELIHOODS:
+            raise ValueError(f"{name}: likelihood must be one of {', '.join(LIKELIHOODS)}, got {c.likelihood!r}")
+        if c.network not in NETWORKS:
+            raise ValueError(f"{name}: network must be one of {', '.join(NETWORKS)}, got {c.network!r}")
+        self.encoder, self.decoder = NETWORKS[c.network](c, self._code_size())
+        if c.likelihood != "bernoulli":  # ln of the variance, or of the logistic scale
+            self.log_scale = nn.Parameter(torch.full((c.channels, 1, 1), -2.0))
 
-    def forward(self, batch, *, key=None, generator=None):
+    def forward(self, batch, *, key=None, generator=None, **conditions):
         """.loss: -ELBO, the mean over the batch, nats per image; .parts: its two terms, nll and kl. key (2,) or (N, 2)."""
-        x = self._ink(batch)
-        z, kl = reparameterize_kl(self.encoder(2 * x - 1), key=key, generator=generator)
-        nll, kl = -self._log_likelihood(x, z).mean(), kl.mean()
-        return Output(nll + self.config.beta * kl, {"nll": nll.detach(), "kl": kl.detach()})
+        x = self._images(batch)
+        z, kl = reparameterize_kl(self._moments(x, **conditions), key=key, generator=generator)
+        nll, kl = self._nll(x, z, **conditions).mean(), kl.mean()
+        return Output(self._objective(nll, kl), {"nll": nll.detach(), "kl": kl.detach()})
 
-    def encode(self, images):
+    def encode(self, images, **conditions):
         """(mu, log_var) of q(z|x), each (N, latent)."""
-        return self.encoder(2 * self._ink(images) - 1).chunk(2, 1)
+        return self._moments(self._images(images), **conditions).chunk(2, 1)
 
-    def decode(self, z):
+    def decode(self, z, **conditions):
         """The mean image of p(x|z), float in [-1, 1]."""
-        return 2 * torch.sigmoid(self.decoder(z)) - 1
+        raw = self.decoder(self._code(z, **conditions))
+        return 2 * torch.sigmoid(raw) - 1 if self.config.likelihood == "bernoulli" else raw.clamp(-1, 1)
 
     @torch.no_grad()
-    def sample(self, n, *, key=None, generator=None, batch_size=256):
+    def sample(self, n, *, key=None, generator=None, batch_size=256, **conditions):
         """n mean images of z ~ N(0, I): uint8 in 0..levels.
 
         Each image has its own key, so image i depends on (key, i), not on n or batch_size. (Its latent bit for bit; for another
         batch the decoder may sum in another order, which rounding hides unless a pixel lies on the edge of two levels.)
         """
-        device = next(self.parameters()).device
-        keys = random.split(random.draw_key(generator, device) if key is None else key, n)
-        batches = [self.decode(self._prior(k, device)) for k in keys.split(batch_size)]
-        images = torch.cat(batches) if batches else self.decode(self._prior(keys, device))
-        return ((images + 1) / 2 * self.config.levels).round().to(torch.uint8)
+        keys = self.sample_keys(n, key, generator)
+        batches = range(0, max(n, 1), batch_size)
+        rows = [{name: values[i : i + batch_size] for name, values in conditions.items()} for i in batches]
+        images = [self.decode(self._prior(keys[i : i + batch_size]), **row) for i, row in zip(batches, rows, strict=True)]
+        return self._levels(torch.cat(images))
 
     @torch.no_grad()
-    def log_prob(self, images, *, samples=64, key=None, generator=None):
+    def log_prob(self, images, *, samples=64, key=None, generator=None, **conditions):
         """Importance-sampled lower bound of log p(x) (Burda et al., 2016): (N,) in nats. With samples=1 it is the ELBO."""
-        x = self._ink(images)
-        mu, log_var = self.encoder(2 * x - 1).chunk(2, 1)
-        key = random.draw_key(generator, x.device) if key is None else key
-        log_weights = []
-        for k in random.split(key, samples):
-            z = reparameterize_kl(mu, log_var, key=k)[0]
-            log_prior = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
-            log_weights.append(self._log_likelihood(x, z) + log_prior - _log_normal(z, mu, log_var))
-        return torch.stack(log_weights).logsumexp(0) - math.log(samples)
+        key = random.draw_key(generator, images.device) if key is None else key
+        return self._importance_bound(self._images(images), samples, key, **conditions)
 
-    def _ink(self, images):
-        x = ink(images, self.config.levels)
+    def bits_per_dim(self, images, **options):
+        """-log_prob / (dimensions ln 2), (N,). NaN unless the likelihood is discretized: no other is a probability of the levels."""
+        if self.config.likelihood != "discretized_logistic":
+            return torch.full((len(images),), math.nan)
+        return -self.log_prob(images, **options) / (math.prod(images.shape[1:]) * math.log(2))
+
+    @torch.no_grad()
+    def reconstruct(self, images, **conditions):
+        """The mean image of the mean latent of each image: uint8 in 0..levels."""
+        return self._levels(self.decode(self.encode(images, **conditions)[0], **conditions))
+
+    @torch.no_grad()
+    def traverse(self, z=None, *, steps=9, span=3.0, key=None, **conditions):
+        """Mean images along each latent direction: uint8 (latent, steps, C, H, W).
+
+        In row i z[i] goes from -span to span; the rest is as in z (latent,), by default 0.
+        """
+        z = torch.zeros(self.config.latent, device=next(self.parameters()).device) if z is None else z
+        walks = z.repeat(self.config.latent, steps, 1)
+        for i in range(self.config.latent):
+            walks[i, :, i] = torch.linspace(-span, span, steps)
+        conditions = {name: value.expand(walks.shape[0] * steps) for name, value in conditions.items()}
+        return self._levels(self.decode(walks.flatten(0, 1), **conditions)).unflatten(0, (-1, steps))
+
+    @torch.no_grad()
+    def interpolate(self, a, b, *, steps=9, **conditions):
+        """Mean images between the mean latents of images a and b, each (N, C, H, W): uint8 (N, steps, C, H, W)."""
+        first, last = self.encode(a, **conditions)[0], self.encode(b, **conditions)[0]
+        weights = torch.linspace(0, 1, steps, device=first.device).view(1, -1, 1)
+        walks = first.unsqueeze(1) * (1 - weights) + last.unsqueeze(1) * weights
+        conditions = {name: value.repeat_interleave(steps) for name, value in conditions.items()}
+        return self._levels(self.decode(walks.flatten(0, 1), **conditions)).unflatten(0, (-1, steps))
+
+    # ---- what the relatives below change
+
+    def _code_size(self):
+        """Numbers that the decoder takes."""
+        return self.config.latent
+
+    def _moments(self, x):
+        """Both moments of q(z|x) as halves (N, 2 latent), x in [-1, 1]."""
+        return self.encoder(x)
+
+    def _code(self, z):
+        """What the decoder takes."""
+        return z
+
+    def _objective(self, nll, kl):
+        return nll + self.config.beta * kl
+
+    # ---- pieces
+
+    def _images(self, images):
+        """Images in [-1, 1]."""
+        x = 2 * ink(images, self.config.levels) - 1
         expected = (self.config.channels, self.config.size, self.config.size)
         if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"VAE: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__}: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
         return x
 
-    def _log_likelihood(self, x, z):
-        return -F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="none").flatten(1).sum(1)
+    def _nll(self, x, z, **conditions):
+        raw = self.decoder(self._code(z, **conditions))
+        if self.config.likelihood == "bernoulli":
+            return bernoulli_nll(raw, (x + 1) / 2)
+        if self.config.likelihood == "gaussian":
+            return gaussian_nll(raw, self.log_scale.expand(raw.shape), x)
+        return discretized_logistic_nll(raw, self.log_scale.expand(raw.shape), x, levels=self.config.levels + 1)
 
-    def _prior(self, keys, device):
-        return random.normal(keys, (len(keys), self.config.latent), device=device)
+    def _importance_bound(self, x, samples, key, **conditions):
+        """log 1/K sum of p(x, z_k) / q(z_k|x) with z_k ~ q(z|x): (N,) (Burda et al., 2016, equation 8)."""
+        moments = self._moments(x, **conditions)
+        log_weights = []
+        for k in random.split(key, samples).unbind(-2):
+            z, kl = reparameterize_kl(moments, key=k)
+            if samples == 1:
+                return -self._nll(x, z, **conditions) - kl
+            log_weights.append(_log_normal(z) - _log_normal(z, *moments.chunk(2, 1)) - self._nll(x, z, **conditions))
+        return torch.stack(log_weights).logsumexp(0) - math.log(samples)
+
+    def _prior(self, keys):
+        return random.normal(keys, (len(keys), self.config.latent), device=keys.device)
+
+    def _levels(self, images):
+        return ((images + 1) / 2 * self.config.levels).round().to(torch.uint8)
 
 
-def _log_normal(z, mu, log_var):
-    return -0.5 * ((z - mu).square() * torch.exp(-log_var) + log_var + math.log(2 * math.pi)).sum(1)
+def _log_normal(z, mu=0.0, log_var=None):
+    squares = (z - mu).square() if log_var is None else (z - mu).square() * torch.exp(-log_var) + log_var
+    return -0.5 * (squares + math.log(2 * math.pi)).sum(1)
+
+
+def _conv(c, code_size):
+    half = c.size // 2
+    encoder = nn.Sequential(
+        nn.Conv2d(c.channels, c.width, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(c.width, 2 * c.width, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(2 * c.width * half**2, c.hidden),
+        nn.SiLU(),
+        nn.Linear(c.hidden, 2 * c.latent),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(code_size, c.hidden),
+        nn.SiLU(),
+        nn.Linear(c.hidden, 2 * c.width * half**2),
+        nn.SiLU(),
+        nn.Unflatten(1, (2 * c.width, half, half)),
+        nn.ConvTranspose2d(2 * c.width, c.width, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(c.width, c.channels, 3, padding=1),
+    )
+    return encoder, decoder
+
+
+def _mlp(c, code_size):
+    pixels = c.channels * c.size**2
+    layers = lambda a, b: [nn.Linear(a, c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU(), nn.Linear(c.hidden, b)]
+    encoder = nn.Sequential(nn.Flatten(), *layers(pixels, 2 * c.latent))
+    decoder = nn.Sequential(*layers(code_size, pixels), nn.Unflatten(1, (c.channels, c.size, c.size)))
+    return encoder, decoder
+
+
+NETWORKS = {"conv": _conv, "mlp": _mlp}

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from genkern.core import Op
+from genkern.core import Op, backend
 from genkern.ops._common import check_float, check_like, in_working_type, same_precision, working_type
 from genkern.testing._case import Case
 
@@ -15,19 +15,19 @@ def bernoulli_nll(logits, x):
 
     The first term of the bound of Kingma & Welling (2014, appendix C.1). x between 0 and 1 counts as the probability of a one.
 
-    logits, x       (N, ...) of one shape; x is data in [0, 1] (not looked at) and gets no gradient
+    logits, x       (N, ...) of one shape; x is data in [0, 1] (not looked at); where it requires a gradient, the reference serves
 
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in logits
     to any order. TypeError, ValueError on anything else.
     """
     _check("bernoulli_nll", x, logits=logits)
-    return _bernoulli(*same_precision((logits, x)))
+    return _run(_bernoulli, x, *same_precision((logits, x)))
 
 
 def gaussian_nll(mu, log_var, x):
     """-log p(x) of independent Gaussian pixels: the sum of 1/2 ((x - mu)^2 e^-log_var + log_var + ln 2 pi) over each sample.
 
-    mu, x           (N, ...) of one shape; x is data and gets no gradient
+    mu, x           (N, ...) of one shape; where x, the data, requires a gradient, the reference serves
     log_var         of that shape, or a tensor that broadcasts to it such as one learned number (), or None: variance 1
 
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in mu and
@@ -43,7 +43,7 @@ def gaussian_nll(mu, log_var, x):
                 shapes = f"{tuple(log_var.shape)} and {tuple(mu.shape)}"
                 raise ValueError(f"gaussian_nll: log_var must broadcast to the shape of mu, got {shapes}") from None
         check_like("gaussian_nll", "log_var", log_var, "mu", mu)
-    return _gaussian(*same_precision((mu, log_var, x)))
+    return _run(_gaussian, x, *same_precision((mu, log_var, x)))
 
 
 def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
@@ -57,7 +57,8 @@ def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
 
     so the logarithm needs no difference of neighbouring numbers: softplus(-a) + softplus(b) - ln(1 - e^-d), exact in both tails.
 
-    mu, log_scale, x    (N, ...) of one shape; x is data on the grid -1, -1 + 2h, ..., 1 (not looked at) and gets no gradient
+    mu, log_scale, x    (N, ...) of one shape; x is data on the grid -1, -1 + 2h, ..., 1 (not looked at); where it requires a gradient, the
+                        reference serves
     levels              at least 2
 
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in mu and
@@ -66,7 +67,7 @@ def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
     _check("discretized_logistic_nll", x, mu=mu, log_scale=log_scale)
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
         raise ValueError(f"discretized_logistic_nll: levels must be an int of at least 2, got {levels!r}")
-    return _discretized_logistic(*same_precision((mu, log_scale, x)), levels)
+    return _run(_discretized_logistic, x, *same_precision((mu, log_scale, x)), levels)
 
 
 def _check(op, x, **parameters):
@@ -76,8 +77,13 @@ def _check(op, x, **parameters):
         raise ValueError(f"{op}: {name} needs a batch dimension, got shape ()")
     for other, tensor in (*others, ("x", x)):
         check_like(op, other, tensor, name, first)
-    if x.requires_grad:
-        raise ValueError(f"{op}: x is data and gets no gradient, but it requires one; detach it")
+
+
+def _run(op, x, *args):
+    if not x.requires_grad:
+        return op(*args)
+    with backend("reference"):  # the kernels have no gradient to the data
+        return op(*args)
 
 
 def _per_sample(nll):

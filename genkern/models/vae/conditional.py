@@ -1,0 +1,54 @@
+"""ConditionalVAE: a VAE whose encoder and decoder see a label (Sohn et al., 2015)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genkern.models.vae.vae import VAE, VAEConfig
+
+
+@dataclass
+class ConditionalVAEConfig(VAEConfig):
+    classes: int = 10
+
+
+class ConditionalVAE(VAE):
+    """ConditionalVAE(ConditionalVAEConfig(levels=16)): as VAE, every call with labels (N,), int64 in 0..classes - 1.
+
+    The encoder sees a learned image of the label added to the input, the decoder the label as ones and zeros behind the latent.
+    """
+
+    Config = ConditionalVAEConfig
+    conditions = ("labels",)
+
+    @classmethod
+    def config_for(cls, data, **settings):
+        if not data.classes:
+            raise ValueError(f"{cls.__name__}: needs labels, and {data.name} has none")
+        return super().config_for(data, **{"classes": data.classes, **settings})
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.label_image = nn.Embedding(config.classes, config.channels * config.size**2)
+
+    def _code_size(self):
+        return self.config.latent + self.config.classes
+
+    def _moments(self, x, *, labels):
+        return self.encoder(x + self.label_image(self._checked(labels, len(x))).view(x.shape))
+
+    def _code(self, z, *, labels):
+        labels = self._checked(labels, len(z))
+        return torch.cat([z, F.one_hot(labels, self.config.classes).to(z.dtype)], 1)
+
+    def _checked(self, labels, n):
+        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
+            got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
+            raise ValueError(f"ConditionalVAE: labels must be int64 ({n},), got {got}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and n:
+            low, high = labels.min().item(), labels.max().item()
+            if low < 0 or high >= self.config.classes:
+                raise ValueError(f"ConditionalVAE: labels must be in 0..{self.config.classes - 1}, got {low}..{high}")
+        return labels

@@ -1,0 +1,28 @@
+"""IWAE: a VAE trained on the importance-weighted bound (Burda et al., 2016)."""
+
+from dataclasses import dataclass
+
+from genkern import random
+from genkern.models._base import Output
+from genkern.models.vae.vae import VAE, VAEConfig
+
+
+@dataclass
+class IWAEConfig(VAEConfig):
+    samples: int = 5  # per image; with 1 the bound is the ELBO
+
+
+class IWAE(VAE):
+    """loss = -E log 1/K sum_k p(x, z_k) / q(z_k|x), z_k ~ q(z|x): tighter with every sample, log p(x) in the limit."""
+
+    Config = IWAEConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.samples < 1:
+            raise ValueError(f"IWAE: samples must be at least 1, got {config.samples}")
+
+    def forward(self, batch, *, key=None, generator=None, **conditions):
+        """.loss: minus the bound, the mean over the batch, nats per image; no parts. key (2,) or (N, 2)."""
+        key = random.draw_key(generator, batch.device) if key is None else key
+        return Output(-self._importance_bound(self._images(batch), self.config.samples, key, **conditions).mean(), {})
