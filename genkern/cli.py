@@ -382,8 +382,9 @@ def _kebab(name):
 
 def _reader(hint):
     """From text to a value of an annotated type: int, float, str, bool, a tuple of numbers (1,2,2), or one of these or None."""
-    kinds = [k for k in typing.get_args(hint) if k is not type(None)] if isinstance(hint, types.UnionType) else [hint]
-    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (types.UnionType, typing.Union) else [hint]
+    optional = type(None) in kinds
+    kinds = [kind for kind in kinds if kind is not type(None)]
 
     def number(text):
         try:

@@ -58,6 +58,8 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
              "training": dataclasses.asdict(settings)}  # fmt: skip
     if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
         run.restore(folder / "last.safetensors", facts)
+        if rank == 0:
+            run.write_history(folder)  # a kill may have come before it
     elif world > 1:  # one start for all
         for x in core.state_dict().values():
             torch.distributed.broadcast(x, 0)
@@ -84,19 +86,19 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
                 run.train_step(model, inputs[index].to(device), keys.to(device), conditions, step, world)
                 bar.step(run)
                 if save_every and run.step % save_every == 0 and run.step < run.steps_per_epoch:
-                    run.check_finite()
+                    run.share_sums(world)
                     save()
-            run.check_finite()
+            run.share_sums(world)
             core.eval()
-            row = {"epoch": run.epoch + 1, **run.means(world)}
+            row = {"epoch": run.epoch + 1, **run.means()}
             if rank == 0:
                 with run.averaged_weights():
                     found = core.evaluate(*data.validation, key=validation) if validate else {}
-                    row.update({f"validation_{name}": value for name, value in found.items()})
+                    row.update({f"validation_{name}": x if math.isfinite(x) else None for name, x in found.items()})
                     row["seconds"] = time.perf_counter() - start
                     run.finish_epoch(row)
                     measure = row.get("validation_loss", row["loss"])
-                    if math.isfinite(measure) and (run.best is None or measure < run.best):
+                    if measure is not None and (run.best is None or measure < run.best):
                         run.best = measure
                         if folder is not None:
                             core.save_pretrained(folder)  # before `last`, which says that it exists
@@ -165,7 +167,7 @@ class _Run:
                 group["lr"] = rate * _scale(self.settings, step, total)
             optimizer.step()
             for part, value in {name: loss.detach(), **parts}.items():
-                value = torch.as_tensor(value).detach().double() if x.device.type != "mps" else torch.as_tensor(value).detach()
+                value = torch.as_tensor(value, device=x.device).detach().to(_wide(x.device))
                 self.sums[part] = self.sums[part] + value if part in self.sums else value
         self.model.zero_grad(set_to_none=True)
         if self.ema:
@@ -174,21 +176,19 @@ class _Run:
                     self.ema[name].lerp_(p, 1 - self.settings.ema)
         self.step += 1
 
-    def check_finite(self):
-        for name, total in self.sums.items():
-            if not math.isfinite(float(total)):
-                raise FloatingPointError(
-                    f"fit: {name} is {float(total)} in epoch {self.epoch + 1}; try a smaller learning_rate or clip_grad_norm"
-                )
-
-    def means(self, world):
-        sums = {name: total.to("cpu", torch.float64) for name, total in self.sums.items()}
+    def share_sums(self, world):
+        """The mean over the processes; an error if a loss has become no number, before it is kept."""
         if world > 1:
-            device = next(self.model.parameters()).device
-            together = torch.stack(list(sums.values())).to(device)
+            together = torch.stack(list(self.sums.values()))
             torch.distributed.all_reduce(together)
-            sums = dict(zip(sums, together / world, strict=True))
-        values = {name: float(total) / self.steps_per_epoch for name, total in sums.items()}
+            self.sums = dict(zip(self.sums, together / world, strict=True))
+        for name, total in self.sums.items():
+            if not math.isfinite(total):
+                words = "try a smaller learning_rate or clip_grad_norm"
+                raise FloatingPointError(f"fit: {name} is {float(total)} in epoch {self.epoch + 1}; {words}")
+
+    def means(self):
+        values = {name: float(total) / self.steps_per_epoch for name, total in self.sums.items()}
         return {"loss": values[next(iter(self.objectives))], **values}
 
     def finish_epoch(self, row):
@@ -208,6 +208,9 @@ class _Run:
         state = {"run": facts, "epoch": self.epoch, "step": self.step, "best": self.best, "history": self.history,
                  "sums": {name: float(total) for name, total in self.sums.items()}}  # fmt: skip
         checkpoint.save(folder / "last.safetensors", checkpoint.collect(self.model, self.optimizers, self.ema), state)
+        self.write_history(folder)
+
+    def write_history(self, folder):
         write(folder / "history.json", (json.dumps(self.history, indent=1) + "\n").encode())
 
     def restore(self, path, facts):
@@ -229,7 +232,7 @@ class _Run:
                 raise ValueError(f"fit: {path} was begun with {name} {stored.get(name)!r}, got {wanted[name]!r}: resume with the same")
         checkpoint.restore(path, tensors, self.model, self.optimizers, self.ema)
         device = next(self.model.parameters()).device
-        self.sums = {name: total.to(device) for name, total in sums.items()}
+        self.sums = {name: total.to(device, _wide(device)) for name, total in sums.items()}
         (self.epoch, self.step), self.best, self.history = counts, best, state["history"]
 
 
@@ -307,6 +310,10 @@ def _first_decides(question, device):
     return bool(answer)
 
 
+def _wide(device):
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _scale(settings, step, total):
     scale = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     return scale * (0.5 + 0.5 * math.cos(math.pi * step / total)) if settings.schedule == "cosine" else scale
@@ -347,7 +354,7 @@ class _bar:
     def epoch(self, row):
         if not self.shown:
             return
-        names = [name for name in ("loss", "validation_loss") if name in row]
+        names = [name for name in ("loss", "validation_loss") if row.get(name) is not None]
         text = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in names)
         line = f"epoch {row['epoch']:4}/{self.epochs}  {text}  {row.get('seconds', 0):.1f} s"
         if self.bar is not None:
