@@ -10,6 +10,7 @@ inputs, labels = data.train                      # also data.validation and data
 
 import dataclasses
 import difflib
+import os
 import wave
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def load(source, *, length=None):
     """
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(f"load: length must be a positive int, got {length!r}")
-    path = Path(source)
+    path = Path(os.path.abspath(source))  # the name of the data serves from other folders too
     if str(source) in BUILT_IN:
         _no_windows(source, length)
         return _digits()

@@ -1,18 +1,22 @@
 """One training loop for every model.
 
+    import genkern.data, genkern.train
+
     data = genkern.data.load("digits")
     model = VAE(VAE.config_for(data))
     history = genkern.train.fit(model, data, out="run", epochs=20)     # or: genkern train vae --data digits --out run --epochs 20
     best = genkern.load("run")
 
 Order and noise come from (seed, epoch, step) by genkern.random, one stream per sample. So a run that was killed and resumed ends with
-the weights of an unbroken one, bit for bit on the same machine, and several processes (torchrun, accelerate launch) train as one does,
-up to the rounding of sums: each takes its slice of every batch, and the gradients are averaged.
+the weights of an unbroken one, bit for bit on the same machine (on a GPU as far as its kernels are deterministic). And the processes
+that torchrun starts train together as one does, up to the rounding of sums: each takes its slice of every batch, and the gradients
+are averaged. Each holds the whole model; buffers such as running means stay those of the first process.
 
 The folder `out` holds config.json and model.safetensors (the best weights by validation loss, for load()), last.safetensors (all that
 resuming needs), run.json (the settings) and history.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,8 +58,9 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
         raise ValueError(f"fit: the batch of {settings.batch_size} must divide into {world} processes")
     run = _Run(core, settings, seed, len(inputs) // batch_size)
     folder = None if out is None else Path(out)
-    facts = {"class": type(core).__name__, "genkern": __version__, "data": data.name, "length": data.length, "seed": seed,
-             "training": dataclasses.asdict(settings)}  # fmt: skip
+    facts = {"genkern": __version__, "class": type(core).__name__, "data": data.name, "length": data.length, "seed": seed}
+    facts.update(training=dataclasses.asdict(settings), config=dataclasses.asdict(core.config))
+    facts = json.loads(json.dumps(facts))  # tuples are lists, as they come back
     if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
         run.restore(folder / "last.safetensors", facts)
         if rank == 0:
@@ -69,8 +74,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     device = next(core.parameters()).device
     save = (lambda: run.save(folder, facts)) if folder is not None and rank == 0 else lambda: None
     bar = _bar(run, settings.epochs, progress and rank == 0)
-    generator_state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(bar):
         while run.epoch < settings.epochs:
             order = torch.argsort(random.bits(random.fold_in(shuffle, run.epoch), (len(inputs),), dtype=torch.int64))
             start = time.perf_counter()
@@ -108,9 +112,6 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
                 run.finish_epoch(row)
             if world > 1:
                 torch.distributed.barrier()
-    finally:
-        torch.set_rng_state(generator_state)
-        bar.close()
     run.keep_average()
     core.eval()
     return run.history
@@ -216,7 +217,7 @@ class _Run:
     def restore(self, path, facts):
         tensors, state = checkpoint.load(path)
         try:
-            stored = {**state["run"], **state["run"]["training"]}
+            stored = _flat(state["run"])
             counts = [state[name] for name in ("epoch", "step")]
             if not all(type(n) is int and n >= 0 for n in counts) or counts[1] >= self.steps_per_epoch:
                 raise ValueError(f"epoch and step are {counts}")
@@ -226,8 +227,8 @@ class _Run:
             best = None if state["best"] is None else float(state["best"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"checkpoint: {path} cannot be used: {error}") from error
-        wanted = {**facts, **facts["training"]}
-        for name in sorted(wanted.keys() - {"training", "genkern"} - ({"epochs"} if self.settings.schedule == "constant" else set())):
+        wanted = _flat(facts)
+        for name in sorted(wanted.keys() - {"genkern"} - ({"epochs"} if self.settings.schedule == "constant" else set())):
             if stored.get(name) != wanted[name]:
                 raise ValueError(f"fit: {path} was begun with {name} {stored.get(name)!r}, got {wanted[name]!r}: resume with the same")
         checkpoint.restore(path, tensors, self.model, self.optimizers, self.ema)
@@ -291,6 +292,11 @@ def _prepare(folder, facts, resume):
     if not exists:
         write(folder / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
     return exists
+
+
+def _flat(facts):
+    """The facts of run.json in one level."""
+    return {**{name: x for name, x in facts.items() if name not in ("training", "config")}, **facts["training"], **facts["config"]}
 
 
 def _first_decides(question, device):

@@ -118,7 +118,7 @@ def test_a_run_is_resumed_only_as_what_it_was(tmp_path):
             fit(toy(), points(), tmp_path, resume=True, epochs=2, progress=False, **changed)
     with pytest.raises(ValueError, match="class 'ToyDenoiser', got 'ToyAdversary'"):
         fit(toy(ToyAdversary), points(), tmp_path, resume=True, epochs=2, progress=False)
-    with pytest.raises(ValueError, match=r"0.weight of torch.float32 \(8, 2\), expected torch.float32 \(4, 2\)"):
+    with pytest.raises(ValueError, match="hidden 8, got 4"):
         fit(ToyDenoiser(ToyConfig(hidden=4)), points(), tmp_path, resume=True, epochs=2, progress=False)
     assert len(fit(toy(), points(), tmp_path, resume=True, epochs=3, progress=False)) == 3
 
