@@ -58,7 +58,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
         raise ValueError(f"fit: the batch of {settings.batch_size} must divide into {world} processes")
     run = _Run(core, settings, seed, len(inputs) // batch_size)
     folder = None if out is None else Path(out)
-    facts = {"genkern": __version__, "class": type(core).__name__, "data": data.name, "length": data.length, "seed": seed}
+    facts = {"genkern": __version__, "class": type(core).__name__, "data": data.name, "window": data.window, "seed": seed}
     facts.update(training=dataclasses.asdict(settings), config=dataclasses.asdict(core.config))
     facts = json.loads(json.dumps(facts))  # tuples are lists, as they come back
     if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
