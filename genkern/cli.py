@@ -140,7 +140,7 @@ def train(argv):
     parser = argparse.ArgumentParser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
     parser.add_argument("--data", required=True, help="digits, a folder of images or .wav files, a .npy file, any file as text")
-    parser.add_argument("--length", type=int, help="of the windows into which text or sound is cut")
+    parser.add_argument("--window", type=int, help="length of the windows into which text or sound is cut")
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,7 +173,7 @@ def train(argv):
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = arguments["device"] or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        source = data.load(arguments["data"], length=arguments["length"])
+        source = data.load(arguments["data"], window=arguments["window"])
         torch.manual_seed(arguments["seed"])
         model = kind(kind.config_for(source, **given[kind.Config])).to(device)
         if rank == 0:
@@ -233,7 +233,7 @@ def eval_(argv):
         model, run = load_run(arguments.folder, arguments.device)
         if not (name := arguments.data or run.get("data")):
             raise ValueError(f"{arguments.folder} does not name its data: give --data")
-        source = data.load(name, length=run.get("length"))
+        source = data.load(name, window=run.get("window"))
         values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
         if arguments.json:
             print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
@@ -382,8 +382,9 @@ def _kebab(name):
 
 def _reader(hint):
     """From text to a value of an annotated type: int, float, str, bool, a tuple of numbers (1,2,2), or one of these or None."""
-    kinds = [k for k in typing.get_args(hint) if k is not type(None)] if isinstance(hint, types.UnionType) else [hint]
-    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (types.UnionType, typing.Union) else [hint]
+    optional = type(None) in kinds
+    kinds = [kind for kind in kinds if kind is not type(None)]
 
     def number(text):
         try:

@@ -1,15 +1,18 @@
 """Data sets: one that comes without a download, and what lies in a folder or file here.
 
+import genkern.data
+
 data = genkern.data.load("digits")               # scikit-learn's handwritten digits
 data = genkern.data.load("photos/")              # images; class subfolders give the labels          uint8 (N, C, H, W)
 data = genkern.data.load("digits.npy")           # uint8 or float images, sequences, points          as stored
-data = genkern.data.load("book.txt", length=256) # any file as bytes, in windows                     uint8 (N, length)
+data = genkern.data.load("book.txt", window=256) # any file as bytes, in windows                     uint8 (N, length)
 data = genkern.data.load("speech/")              # 16-bit .wav files, in windows                     float (N, C, length)
 inputs, labels = data.train                      # also data.validation and data.test
 """
 
 import dataclasses
 import difflib
+import os
 import wave
 from pathlib import Path
 
@@ -33,7 +36,7 @@ class Data:
     shape: tuple  # of one input: (C, H, W) images, (C, length) sound, (length,) bytes, (features,) points
     levels: int | None  # uint8 inputs hold 0..levels; None: float inputs
     class_names: tuple = ()  # label i is class_names[i]
-    length: int | None = None  # of the windows into which bytes and sound are cut
+    window: int | None = None  # length of the windows into which bytes and sound are cut
     rate: int | None = None  # sound: samples per second
 
     @property
@@ -47,18 +50,18 @@ class Data:
         return getattr(self, name)
 
 
-def load(source, *, length=None):
+def load(source, *, window=None):
     """The Data of a built-in name or a path; the splits are the same on every machine.
 
-    length: of the windows into which a text or sound is cut (default 128 bytes, 1024 samples); the rest of a file is left out.
+    window: length of the windows into which a text or sound is cut (default 128 bytes, 1024 samples); the rest of a file is left out.
     Images and rows of a .npy are shuffled and split 80 : 10 : 10; text and sound are split in their order, so that no window
     of one split has its neighbours in another.
     """
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        raise ValueError(f"load: length must be a positive int, got {length!r}")
-    path = Path(source)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"load: window must be a positive int, got {window!r}")
+    path = Path(os.path.abspath(source))  # the name of the data serves from other folders too
     if str(source) in BUILT_IN:
-        _no_windows(source, length)
+        _no_windows(source, window)
         return _digits()
     if path.is_dir():
         files = sorted(
@@ -68,21 +71,21 @@ def load(source, *, length=None):
         if kinds & IMAGES and ".wav" in kinds:
             raise ValueError(f"load: {path} holds images and .wav files: give a folder of one kind")
         if kinds & IMAGES:
-            _no_windows(source, length)
+            _no_windows(source, window)
             return _images(path, [p for p in files if p.suffix.lower() in IMAGES])
         if ".wav" in kinds:
-            return _sound(path, [p for p in files if p.suffix.lower() == ".wav"], length or 1024)
+            return _sound(path, [p for p in files if p.suffix.lower() == ".wav"], window or 1024)
         found = f"{len(files)} files, but none" if files else "no file"
         raise ValueError(f"load: {path} has {found} that ends in {', '.join(sorted(IMAGES))} or .wav")
     if path.is_file():
         if path.suffix.lower() == ".npy":
-            _no_windows(source, length)
+            _no_windows(source, window)
             return _npy(path)
         if path.suffix.lower() == ".wav":
-            return _sound(path, [path], length or 1024)
+            return _sound(path, [path], window or 1024)
         if path.suffix.lower() in IMAGES:
             raise ValueError(f"load: {path} is one image: give the folder of the images")
-        return _text(path, length or 128)
+        return _text(path, window or 128)
     close = difflib.get_close_matches(str(source), BUILT_IN, 1)
     if not close and path.parent.is_dir():
         close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)]
@@ -193,7 +196,7 @@ def _text(path, length):
     if count == 0:
         raise ValueError(f"load: {path} has {len(content)} bytes, less than one window of {length}")
     windows = torch.frombuffer(bytearray(content[: count * length]), dtype=torch.uint8)
-    return _split(str(path), windows.view(count, length), None, f"windows of {length} bytes", levels=255, length=length)
+    return _split(str(path), windows.view(count, length), None, f"windows of {length} bytes", levels=255, window=length)
 
 
 def _sound(path, files, length):
@@ -220,7 +223,7 @@ def _sound(path, files, length):
         count = len(frames) // length
         windows.append(frames[: count * length].view(count, length, form[1]).transpose(1, 2))  # (count, channels, length)
     x = torch.cat(windows).contiguous()
-    return _split(str(path), x, None, f"windows of {length} samples", levels=None, length=length, rate=first[0])
+    return _split(str(path), x, None, f"windows of {length} samples", levels=None, window=length, rate=first[0])
 
 
 def _shuffled(n):
@@ -243,6 +246,6 @@ def _split(name, x, labels, unit, **facts):
     return Data(name, **splits, shape=tuple(x.shape[1:]), **facts)
 
 
-def _no_windows(source, length):
-    if length is not None:
-        raise ValueError(f"load: length is for text and sound; {source} is not cut into windows")
+def _no_windows(source, window):
+    if window is not None:
+        raise ValueError(f"load: window is for text and sound; {source} is not cut into windows")

@@ -1,18 +1,22 @@
 """One training loop for every model.
 
+    import genkern.data, genkern.train
+
     data = genkern.data.load("digits")
     model = VAE(VAE.config_for(data))
     history = genkern.train.fit(model, data, out="run", epochs=20)     # or: genkern train vae --data digits --out run --epochs 20
     best = genkern.load("run")
 
 Order and noise come from (seed, epoch, step) by genkern.random, one stream per sample. So a run that was killed and resumed ends with
-the weights of an unbroken one, bit for bit on the same machine, and several processes (torchrun, accelerate launch) train as one does,
-up to the rounding of sums: each takes its slice of every batch, and the gradients are averaged.
+the weights of an unbroken one, bit for bit on the same machine (on a GPU as far as its kernels are deterministic). And the processes
+that torchrun starts train together as one does, up to the rounding of sums: each takes its slice of every batch, and the gradients
+are averaged. Each holds the whole model; buffers such as running means stay those of the first process.
 
 The folder `out` holds config.json and model.safetensors (the best weights by validation loss, for load()), last.safetensors (all that
 resuming needs), run.json (the settings) and history.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,10 +58,13 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
         raise ValueError(f"fit: the batch of {settings.batch_size} must divide into {world} processes")
     run = _Run(core, settings, seed, len(inputs) // batch_size)
     folder = None if out is None else Path(out)
-    facts = {"class": type(core).__name__, "genkern": __version__, "data": data.name, "length": data.length, "seed": seed,
-             "training": dataclasses.asdict(settings)}  # fmt: skip
+    facts = {"genkern": __version__, "class": type(core).__name__, "data": data.name, "window": data.window, "seed": seed}
+    facts.update(training=dataclasses.asdict(settings), config=dataclasses.asdict(core.config))
+    facts = json.loads(json.dumps(facts))  # tuples are lists, as they come back
     if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
         run.restore(folder / "last.safetensors", facts)
+        if rank == 0:
+            run.write_history(folder)  # a kill may have come before it
     elif world > 1:  # one start for all
         for x in core.state_dict().values():
             torch.distributed.broadcast(x, 0)
@@ -67,8 +74,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     device = next(core.parameters()).device
     save = (lambda: run.save(folder, facts)) if folder is not None and rank == 0 else lambda: None
     bar = _bar(run, settings.epochs, progress and rank == 0)
-    generator_state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(bar):
         while run.epoch < settings.epochs:
             order = torch.argsort(random.bits(random.fold_in(shuffle, run.epoch), (len(inputs),), dtype=torch.int64))
             start = time.perf_counter()
@@ -84,19 +90,19 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
                 run.train_step(model, inputs[index].to(device), keys.to(device), conditions, step, world)
                 bar.step(run)
                 if save_every and run.step % save_every == 0 and run.step < run.steps_per_epoch:
-                    run.check_finite()
+                    run.share_sums(world)
                     save()
-            run.check_finite()
+            run.share_sums(world)
             core.eval()
-            row = {"epoch": run.epoch + 1, **run.means(world)}
+            row = {"epoch": run.epoch + 1, **run.means()}
             if rank == 0:
                 with run.averaged_weights():
                     found = core.evaluate(*data.validation, key=validation) if validate else {}
-                    row.update({f"validation_{name}": value for name, value in found.items()})
+                    row.update({f"validation_{name}": x if math.isfinite(x) else None for name, x in found.items()})
                     row["seconds"] = time.perf_counter() - start
                     run.finish_epoch(row)
                     measure = row.get("validation_loss", row["loss"])
-                    if math.isfinite(measure) and (run.best is None or measure < run.best):
+                    if measure is not None and (run.best is None or measure < run.best):
                         run.best = measure
                         if folder is not None:
                             core.save_pretrained(folder)  # before `last`, which says that it exists
@@ -106,9 +112,6 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
                 run.finish_epoch(row)
             if world > 1:
                 torch.distributed.barrier()
-    finally:
-        torch.set_rng_state(generator_state)
-        bar.close()
     run.keep_average()
     core.eval()
     return run.history
@@ -165,7 +168,7 @@ class _Run:
                 group["lr"] = rate * _scale(self.settings, step, total)
             optimizer.step()
             for part, value in {name: loss.detach(), **parts}.items():
-                value = torch.as_tensor(value).detach().double() if x.device.type != "mps" else torch.as_tensor(value).detach()
+                value = torch.as_tensor(value, device=x.device).detach().to(_wide(x.device))
                 self.sums[part] = self.sums[part] + value if part in self.sums else value
         self.model.zero_grad(set_to_none=True)
         if self.ema:
@@ -174,21 +177,19 @@ class _Run:
                     self.ema[name].lerp_(p, 1 - self.settings.ema)
         self.step += 1
 
-    def check_finite(self):
-        for name, total in self.sums.items():
-            if not math.isfinite(float(total)):
-                raise FloatingPointError(
-                    f"fit: {name} is {float(total)} in epoch {self.epoch + 1}; try a smaller learning_rate or clip_grad_norm"
-                )
-
-    def means(self, world):
-        sums = {name: total.to("cpu", torch.float64) for name, total in self.sums.items()}
+    def share_sums(self, world):
+        """The mean over the processes; an error if a loss has become no number, before it is kept."""
         if world > 1:
-            device = next(self.model.parameters()).device
-            together = torch.stack(list(sums.values())).to(device)
+            together = torch.stack(list(self.sums.values()))
             torch.distributed.all_reduce(together)
-            sums = dict(zip(sums, together / world, strict=True))
-        values = {name: float(total) / self.steps_per_epoch for name, total in sums.items()}
+            self.sums = dict(zip(self.sums, together / world, strict=True))
+        for name, total in self.sums.items():
+            if not math.isfinite(total):
+                words = "try a smaller learning_rate or clip_grad_norm"
+                raise FloatingPointError(f"fit: {name} is {float(total)} in epoch {self.epoch + 1}; {words}")
+
+    def means(self):
+        values = {name: float(total) / self.steps_per_epoch for name, total in self.sums.items()}
         return {"loss": values[next(iter(self.objectives))], **values}
 
     def finish_epoch(self, row):
@@ -208,12 +209,15 @@ class _Run:
         state = {"run": facts, "epoch": self.epoch, "step": self.step, "best": self.best, "history": self.history,
                  "sums": {name: float(total) for name, total in self.sums.items()}}  # fmt: skip
         checkpoint.save(folder / "last.safetensors", checkpoint.collect(self.model, self.optimizers, self.ema), state)
+        self.write_history(folder)
+
+    def write_history(self, folder):
         write(folder / "history.json", (json.dumps(self.history, indent=1) + "\n").encode())
 
     def restore(self, path, facts):
         tensors, state = checkpoint.load(path)
         try:
-            stored = {**state["run"], **state["run"]["training"]}
+            stored = _flat(state["run"])
             counts = [state[name] for name in ("epoch", "step")]
             if not all(type(n) is int and n >= 0 for n in counts) or counts[1] >= self.steps_per_epoch:
                 raise ValueError(f"epoch and step are {counts}")
@@ -223,13 +227,13 @@ class _Run:
             best = None if state["best"] is None else float(state["best"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"checkpoint: {path} cannot be used: {error}") from error
-        wanted = {**facts, **facts["training"]}
-        for name in sorted(wanted.keys() - {"training", "genkern"} - ({"epochs"} if self.settings.schedule == "constant" else set())):
+        wanted = _flat(facts)
+        for name in sorted(wanted.keys() - {"genkern"} - ({"epochs"} if self.settings.schedule == "constant" else set())):
             if stored.get(name) != wanted[name]:
                 raise ValueError(f"fit: {path} was begun with {name} {stored.get(name)!r}, got {wanted[name]!r}: resume with the same")
         checkpoint.restore(path, tensors, self.model, self.optimizers, self.ema)
         device = next(self.model.parameters()).device
-        self.sums = {name: total.to(device) for name, total in sums.items()}
+        self.sums = {name: total.to(device, _wide(device)) for name, total in sums.items()}
         (self.epoch, self.step), self.best, self.history = counts, best, state["history"]
 
 
@@ -290,6 +294,11 @@ def _prepare(folder, facts, resume):
     return exists
 
 
+def _flat(facts):
+    """The facts of run.json in one level."""
+    return {**{name: x for name, x in facts.items() if name not in ("training", "config")}, **facts["training"], **facts["config"]}
+
+
 def _first_decides(question, device):
     """The answer of the first process, for all: the others would see what it has written meanwhile."""
     rank, world = _rank_and_world()
@@ -305,6 +314,10 @@ def _first_decides(question, device):
     if answer == 2:
         raise error or RuntimeError("fit: the first process could not use the folder")
     return bool(answer)
+
+
+def _wide(device):
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _scale(settings, step, total):
@@ -347,7 +360,7 @@ class _bar:
     def epoch(self, row):
         if not self.shown:
             return
-        names = [name for name in ("loss", "validation_loss") if name in row]
+        names = [name for name in ("loss", "validation_loss") if row.get(name) is not None]
         text = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in names)
         line = f"epoch {row['epoch']:4}/{self.epochs}  {text}  {row.get('seconds', 0):.1f} s"
         if self.bar is not None:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -137,8 +138,14 @@ class Model(torch.nn.Module):
         unknown = sorted(stored["config"].keys() - known)
         if unknown:
             raise ValueError(f"{cls.__name__}: {folder / 'config.json'} has unknown settings {', '.join(unknown)}")
-        model = cls(cls.Config(**stored["config"]))
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        model = cls(cls.Config(**{name: _tuples(value) for name, value in stored["config"].items()}))
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise FileNotFoundError(f"{folder} holds no model.safetensors")
+        try:
+            model.load_state_dict(safetensors.torch.load_file(weights))
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{cls.__name__}: {weights} cannot be used: {' '.join(str(error).split())}") from error
         return model.eval()
 
 
@@ -178,10 +185,18 @@ def _read_config(folder):
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: not a folder that save_pretrained wrote")
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
     if not isinstance(stored, dict) or not isinstance(stored.get("class"), str) or not isinstance(stored.get("config"), dict):
         raise ValueError(f'{path} must hold "class" and "config"')
     return stored
+
+
+def _tuples(value):
+    """JSON knows lists only; a config holds tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def write(path, data):

@@ -45,8 +45,10 @@ def trained(kind, folder, rank):
             return optimizer
 
     torch.manual_seed(rank)  # another start in each process: the first one's counts
-    model = Recorded(toys.ToyConfig())
-    history = fit(model, toys.points(), folder, epochs=2, ema=0.9, clip_grad_norm=1.0, progress=False)
+    for epochs in (1, 2):  # the second time, resumed
+        model = Recorded(toys.ToyConfig())
+        settings = {"epochs": epochs, "ema": 0.9, "clip_grad_norm": 1.0}
+        history = fit(model, toys.points(), folder, resume=epochs > 1, save_every=2, progress=False, **settings)
     losses = torch.tensor([row["loss"] for row in history], dtype=torch.float64)
     return {**model.state_dict(), **gradients, "losses": losses, "sample": sample(model, 7, key=genkern.random.key(3))}
 

@@ -111,20 +111,20 @@ def test_npy(tmp_path):
 def test_text_is_split_in_its_order(tmp_path):
     file = tmp_path / "book.txt"
     file.write_bytes(bytes(i % 256 for i in range(1003)))
-    data = load(file, length=10)
-    assert data.shape == (10,) and data.levels == 255 and data.length == 10 and len(data.train[0]) == 80
+    data = load(file, window=10)
+    assert data.shape == (10,) and data.levels == 255 and data.window == 10 and len(data.train[0]) == 80
     assert torch.equal(everything(data).flatten().long(), torch.arange(1000) % 256)
-    refused("1003 bytes, less than one window of 2000", file, length=2000)
-    refused("1 windows of 1000 bytes; three", file, length=1000)
-    refused("positive int, got 0", file, length=0)
-    refused("length is for text", "digits", length=3)
+    refused("1003 bytes, less than one window of 2000", file, window=2000)
+    refused("1 windows of 1000 bytes; three", file, window=1000)
+    refused("positive int, got 0", file, window=0)
+    refused("window is for text", "digits", window=3)
 
 
 def test_sound(tmp_path):
     frames = np.arange(-600, 600, dtype="<i2")
     for name in "ab":
         save_sound(tmp_path / f"{name}.wav", frames.tobytes(), channels=2)
-    data = load(tmp_path, length=50)
+    data = load(tmp_path, window=50)
     assert data.shape == (2, 50) and data.rate == 8000 and data.levels is None and len(everything(data)) == 24
     assert torch.equal(data.train[0][0, 0] * 32768, torch.arange(-600, -500, 2.0))  # the left channel
     save_sound(tmp_path / "c.wav", frames.tobytes())

@@ -86,6 +86,25 @@ def test_eval_and_traverse(run, tmp_path, capsys):
         assert grid.size == (4 * 5 * 8, 2 * 5 * 8)
 
 
+def test_the_vae_by_the_command_line(tmp_path, capsys):
+    assert (
+        main(
+            ["train", "toy-vae", "--data", "digits", "--out", str(tmp_path / "run"), "--epochs", "1", "--latent", "3", "--beta", "0.5"]
+        )
+        == 0
+    )
+    model = genkern.load(tmp_path / "run")
+    assert (model.config.latent, model.config.beta, model.config.levels) == (3, 0.5, 16)
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["loss"] == pytest.approx(values["nll"] + 0.5 * values["kl"]) and values["log_prob"] < 0
+    assert main(["sample", str(tmp_path / "run"), "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
+    assert "has no latent directions" in refused(capsys, "traverse", tmp_path / "run", "--out", tmp_path / "t.png")
+    assert "does not say how it fits" in refused(capsys, "train", "vae", "--data", "digits", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     out = tmp_path / "new"
     assert "did you mean 'toy-images'?" in refused(capsys, "train", "toy-imges", "--data", "digits", "--out", out)
@@ -116,7 +135,7 @@ def test_names_follow_one_rule():
 
 
 def test_every_setting_of_every_model_is_one_option():
-    own = {"name", "data", "length", "out", "resume", "seed", "save_every", "device"}
+    own = {"name", "data", "window", "out", "resume", "seed", "save_every", "device"}
     training = {field.name for field in dataclasses.fields(Training)}
     for kind in cli.model_names().values():
         fields = {field.name for field in dataclasses.fields(kind.Config)}
