@@ -41,15 +41,8 @@ def test_fn():
     expected = F.silu(F.conv1d(F.pad(x, (3, 0)), weight[:, None], bias, groups=5))
     torch.testing.assert_close(causal_conv1d_fn(x, weight, bias, activation="swish"), expected)
     states = torch.empty(2, 5, 3)
-    out, final = causal_conv1d_fn(
-        x.bfloat16(),
-        weight,
-        bias,
-        initial_states=torch.zeros(2, 5, 3),
-        return_final_states=True,
-        final_states_out=states,
-        activation="silu",
-    )
+    options = {"return_final_states": True, "final_states_out": states, "activation": "silu"}
+    out, final = causal_conv1d_fn(x.bfloat16(), weight, bias, initial_states=torch.zeros(2, 5, 3), **options)
     assert out.dtype == torch.bfloat16 and final is states
     torch.testing.assert_close(states, x[..., 6:].bfloat16().float())
     with pytest.raises(NotImplementedError, match="swish"):
