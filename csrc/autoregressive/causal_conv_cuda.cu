@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Conv job) {
   const int64_t count = job.samples * job.channels * job.time;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t t = i % job.time, row = i / job.time, n = row / job.channels, c = row % job.channels;
+    const int64_t row = i / job.time, t = i - row * job.time, n = row / job.channels, c = row - n * job.channels;
     const S a = before_activation<S>(job, n, c, t);
     write_one(job.y, i, is_padding(job, n, t) ? S{} : job.silu ? silu(a) : a);
   }
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(const Con
   const int64_t count = job.samples * job.channels * job.time;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t t = i % job.time, row = i / job.time, n = row / job.channels, c = row % job.channels;
+    const int64_t row = i / job.time, t = i - row * job.time, n = row / job.channels, c = row - n * job.channels;
     S grad = read_one(job.y, n * job.y_stride[0] + c * job.y_stride[1] + t, S{});
     if (job.silu) {
       const S a = before_activation<S>(job, n, c, t), s = sigmoid(a);
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads) input_backward_kernel(const Conv job
   const int64_t past = job.history(), length = past + job.time, count = job.samples * job.channels * length;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t at = i % length - past, row = i / length, n = row / job.channels, c = row % job.channels;  // at < 0: of the state
+    const int64_t row = i / length, at = i - row * length - past;  // at < 0: of the state
+    const int64_t n = row / job.channels, c = row - n * job.channels;
     if (at < 0 && !job.d_state.data) continue;
     const int32_t* seq = job.seq ? job.seq + n * job.time : nullptr;
     S d = S{};

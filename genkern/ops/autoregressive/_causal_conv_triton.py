@@ -40,8 +40,7 @@ def _before_activation(
     if BIAS:
         a = tl.load(bias + channel, mask=mask, other=0.0).to(DTYPE)
     for k in tl.static_range(TAPS):
-        back: tl.constexpr = (TAPS - 1 - k) * DILATION
-        value = _tap(x, state, seq, row, t, mask, time, channels, back, (TAPS - 1) * DILATION, STATE, SEQ, DTYPE)
+        value = _tap(x, state, seq, row, t, mask, time, channels, (TAPS - 1 - k) * DILATION, (TAPS - 1) * DILATION, STATE, SEQ, DTYPE)
         a = tl.fma(tl.load(weight + channel * TAPS + k, mask=mask, other=0.0).to(DTYPE), value, a)
     return a
 
@@ -91,13 +90,15 @@ def input_backward_kernel(
     at = column - past
     channel = row % channels + tl.zeros(mask.shape, tl.int64)
     d = tl.zeros(mask.shape, DTYPE)
+    first = row // channels * time
+    own = tl.zeros(mask.shape, tl.int32)
+    if SEQ:
+        own = tl.load(seq + first + tl.where(at < 0, 0, at), mask=mask & (time > 0), other=0)
     for k in tl.static_range(TAPS):
         t = at + (TAPS - 1 - k) * DILATION
         live = mask & (t >= 0) & (t < time)
         if SEQ:
-            first = seq + row // channels * time
-            own = tl.load(first + tl.where(at < 0, 0, at), mask=live, other=0)
-            live = live & (own == tl.load(first + t, mask=live, other=0))
+            live = live & (own == tl.load(seq + first + t, mask=live, other=0))
         value = tl.load(h + row * time + t, mask=live, other=0.0)
         d = tl.fma(tl.load(weight + channel * TAPS + k, mask=mask, other=0.0).to(DTYPE), value, d)
     tl.store(d_x + row * time + at, d, mask=mask & (at >= 0))
@@ -119,8 +120,7 @@ def weight_backward_kernel(
     row, t = i // time * channels + channel, i % time
     g = tl.load(h + row * time + t, mask=mask, other=0.0)
     for k in tl.static_range(TAPS):
-        back: tl.constexpr = (TAPS - 1 - k) * DILATION
-        value = _tap(x, state, seq, row, t, mask, time, channels, back, (TAPS - 1) * DILATION, STATE, SEQ, DTYPE)
+        value = _tap(x, state, seq, row, t, mask, time, channels, (TAPS - 1 - k) * DILATION, (TAPS - 1) * DILATION, STATE, SEQ, DTYPE)
         tl.store(partial + program * (TAPS + 1) + k, tl.sum(g * value, 0))
     if BIAS:
         tl.store(partial + program * (TAPS + 1) + TAPS, tl.sum(g, 0))
