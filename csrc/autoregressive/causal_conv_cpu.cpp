@@ -102,8 +102,10 @@ void rotate_backward(const float* x, const float* grad, const float* weight, flo
     if (count < kLanes) h = keep_first(h, count);
     for (int k = 0; k < K; k++) total[k] = fma(h, tap[k], total[k]);
     total[K] = total[K] + h;
-    if (t) store(d_x + t - kLanes, input_gradient<K>(conv.w, last, h, Taps()));
-    else first = h;
+    if (t)
+      store(d_x + t - kLanes, input_gradient<K>(conv.w, last, h, Taps()));
+    else
+      first = h;
     last = h;
   };
   const auto flush = [&] {
@@ -209,9 +211,11 @@ struct Padded {  // buffers of one row with room for whole vectors past its end
   }
   GK_FN typename Lane<V>::Int same_sequence(int64_t i, int64_t t) const {  // of padded element i and output t, zero where t < 0
     typename Lane<V>::Int same = {};
-    if constexpr (Lane<V>::kCount == 1) return t >= 0 && t < job.time && seq[i] == seq[t + job.history()];
+    if constexpr (Lane<V>::kCount == 1)
+      return t >= 0 && t < job.time && seq[i] == seq[t + job.history()];
     else
-      for (int j = 0; j < kLanes; j++) same[j] = t + j >= 0 && t + j < job.time && seq[i + j] == seq[t + j + job.history()] ? -1 : 0;
+      for (int j = 0; j < kLanes; j++)
+        same[j] = t + j >= 0 && t + j < job.time && seq[i + j] == seq[t + j + job.history()] ? -1 : 0;
     return same;
   }
 };
@@ -221,8 +225,10 @@ struct Padded {  // buffers of one row with room for whole vectors past its end
 template <class S>
 void put(const Sequences& to, int64_t n, int64_t c, const S* values, int64_t count) {
   S* out = place(to.array, 0, to.at(n, c), const_cast<S*>(values));
-  if (out != values) std::copy(values, values + count, out);
-  else write(to.array, 0, to.at(n, c), values, count);
+  if (out != values)
+    std::copy(values, values + count, out);
+  else
+    write(to.array, 0, to.at(n, c), values, count);
 }
 
 template <class S>
@@ -234,14 +240,20 @@ S bias_of(const Job& job, int64_t c) {
 template <class F>
 void with_taps(const Job& job, F&& f) {
   const auto with = [&](auto taps) {
-    if (job.silu) f(taps, std::true_type());
-    else f(taps, std::false_type());
+    if (job.silu)
+      f(taps, std::true_type());
+    else
+      f(taps, std::false_type());
   };
   switch (job.taps) {
-    case 1: return with(std::integral_constant<int, 1>());
-    case 2: return with(std::integral_constant<int, 2>());
-    case 3: return with(std::integral_constant<int, 3>());
-    case 4: return with(std::integral_constant<int, 4>());
+    case 1:
+      return with(std::integral_constant<int, 1>());
+    case 2:
+      return with(std::integral_constant<int, 2>());
+    case 3:
+      return with(std::integral_constant<int, 3>());
+    case 4:
+      return with(std::integral_constant<int, 4>());
   }
 }
 template <class S>
@@ -287,13 +299,16 @@ void forward(const Job& job) {
 template <class S>
 void backward(const Job& job) {
   torch::stable::parallel_for(0, job.channels, grain(job, job.samples), [&](int64_t begin, int64_t end) {
-    std::vector<S> w(static_cast<size_t>(job.taps)), past(static_cast<size_t>(job.history() + 1)), d_past(past.size()), in, grads, d_in;
+    std::vector<S> w(static_cast<size_t>(job.taps)), past(static_cast<size_t>(job.history() + 1)), d_past(past.size()), in, grads,
+        d_in;
     std::vector<double> sums(static_cast<size_t>(job.taps + 1));
     std::vector<S> narrow(sums.size());
     const bool rotating = rotates<S>(job);
     std::optional<Padded<S>> padded;
-    if (rotating) in.resize(job.time), grads.resize(job.time), d_in.resize(job.time);
-    else padded.emplace(job);
+    if (rotating)
+      in.resize(job.time), grads.resize(job.time), d_in.resize(job.time);
+    else
+      padded.emplace(job);
     for (int64_t c = begin; c < end; c++) {
       const S* weight = read(job.weight, 0, c * job.taps, job.taps, w.data());
       const S bias = bias_of<S>(job, c);
@@ -333,7 +348,8 @@ void backward(const Job& job) {
   });
 }
 
-// ---- tensors. x (N, C, L), weight (C, K), bias (C), initial_state (N, C, (K - 1) dilation), seq_idx (N, L); the small ones contiguous
+// ---- tensors. x (N, C, L), weight (C, K), bias (C), initial_state (N, C, (K - 1) dilation), seq_idx (N, L); the small ones
+// contiguous
 
 Job job_of(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& state, const MaybeTensor& seq_idx,
            int64_t dilation, bool silu) {
@@ -344,14 +360,17 @@ Job job_of(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const
   return job;
 }
 
-Tensor causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation, bool silu) {
+Tensor causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation,
+                     bool silu) {
   const ScalarType type = conv_type(x, weight, bias, state);
   Tensor y = torch::stable::new_empty(x, x.sizes(), type);
   if (y.numel() == 0) return y;
   Job job = job_of(x, weight, bias, state, seq_idx, dilation, silu);
   job.y = Sequences(y);
-  if (type == ScalarType::Double) forward<double>(job);
-  else forward<float>(job);
+  if (type == ScalarType::Double)
+    forward<double>(job);
+  else
+    forward<float>(job);
   return y;
 }
 
@@ -367,8 +386,10 @@ std::vector<Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight,
     gradients.push_back(torch::stable::new_empty(*state, state->sizes()));
     if (job.history()) job.d_state = Sequences(gradients.back());
   }
-  if (grad.scalar_type() == ScalarType::Double) backward<double>(job);
-  else backward<float>(job);
+  if (grad.scalar_type() == ScalarType::Double)
+    backward<double>(job);
+  else
+    backward<float>(job);
   return gradients;
 }
 
@@ -390,8 +411,10 @@ S get(const Array& a, int64_t at) {
 template <class S>
 void set(const Array& a, int64_t at, S value) {
   S one = value, *out = place(a, 0, at, &one);
-  if (out != &one) *out = value;
-  else write(a, 0, at, &one, 1);
+  if (out != &one)
+    *out = value;
+  else
+    write(a, 0, at, &one, 1);
 }
 template <class S>  // values of `count` neighbouring channels
 void gather(const Array& a, int64_t at, int64_t stride, int count, S* to) {
@@ -481,7 +504,8 @@ void steps(const StepJob& job) {
       const S* oldest = window.data() + (job.length - (job.taps - 1) * job.dilation) * kCount;
       for (int64_t t = 0; t < job.time; t++) {
         V a = load<V>(w + job.taps * kCount);
-        for (int64_t k = 0; k < job.taps; k++) a = fma(load<V>(w + k * kCount), load<V>(oldest + (t + k * job.dilation) * kCount), a);
+        for (int64_t k = 0; k < job.taps; k++)
+          a = fma(load<V>(w + k * kCount), load<V>(oldest + (t + k * job.dilation) * kCount), a);
         store(out.data(), job.silu ? silu(a) : a);
         scatter(job.y, y_at + t * job.y_stride[2], job.y_stride[1], count, out.data());
       }
@@ -491,16 +515,20 @@ void steps(const StepJob& job) {
   });
 }
 
-Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, MaybeTensor bias, MaybeTensor indices, int64_t dilation, bool silu) {
+Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, MaybeTensor bias, MaybeTensor indices, int64_t dilation,
+                            bool silu) {
   const ScalarType type = conv_type(x, weight, bias, {});
   Tensor y = torch::stable::new_empty(x, x.sizes(), type);
   if (y.numel() == 0) return y;
-  StepJob job{x.size(0), x.size(1), x.size(2), weight.size(1), dilation, state.size(2), silu, flat(x), flat(state), flat(y), flat(weight)};
+  StepJob job{x.size(0), x.size(1), x.size(2),   weight.size(1), dilation,    state.size(2),
+              silu,      flat(x),   flat(state), flat(y),        flat(weight)};
   for (int d = 0; d < 3; d++) job.x_stride[d] = x.stride(d), job.state_stride[d] = state.stride(d), job.y_stride[d] = y.stride(d);
   if (bias) job.bias = flat(*bias);
   if (indices) job.indices = static_cast<const int32_t*>(indices->data_ptr());
-  if (type == ScalarType::Double) steps<double>(job);
-  else steps<float>(job);
+  if (type == ScalarType::Double)
+    steps<double>(job);
+  else
+    steps<float>(job);
   return y;
 }
 

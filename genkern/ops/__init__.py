@@ -1,6 +1,8 @@
 """Ops: functions on tensors, one file each, on every backend."""
 
 from genkern.ops.autoregressive._causal_conv import causal_conv1d, causal_conv1d_update
+from genkern.ops.autoregressive._gated_activation import gated_activation
+from genkern.ops.autoregressive._masked_conv import masked_conv2d
 from genkern.ops.diffusion._group_norm_act import group_norm_act
 from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.vae._gaussian_kl import gaussian_kl
@@ -12,9 +14,11 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "discretized_logistic_nll",
+    "gated_activation",
     "gaussian_kl",
     "gaussian_nll",
     "group_norm_act",
+    "masked_conv2d",
     "reparameterize",
     "reparameterize_kl",
     "sampler_step",

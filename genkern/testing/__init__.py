@@ -36,7 +36,19 @@ most twice that of the reference in the type under test, plus a few units in the
 infinite or NaN, the backend must be too. Gradients likewise.
 """
 
+from genkern.testing._autoregressive import assert_autoregressive
 from genkern.testing._case import LAYOUTS, Case, Make, all_cases
 from genkern.testing._check import backends, check, float32_noise, refuse_wide_types, verify
 
-__all__ = ["LAYOUTS", "Case", "Make", "all_cases", "backends", "check", "float32_noise", "refuse_wide_types", "verify"]
+__all__ = [
+    "LAYOUTS",
+    "Case",
+    "Make",
+    "all_cases",
+    "assert_autoregressive",
+    "backends",
+    "check",
+    "float32_noise",
+    "refuse_wide_types",
+    "verify",
+]

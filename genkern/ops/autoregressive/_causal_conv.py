@@ -109,9 +109,9 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             raise TypeError(f"{op}: state_indices must be int32, got {state_indices.dtype}")
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
         check_device(op, "state_indices", state_indices, "x", x)
-        if not torch.compiler.is_compiling() and state_indices.device.type == "cpu" and state_indices.numel():
-            if state_indices.max() >= slots:
-                raise ValueError(f"{op}: state_indices must be below the number of slots {slots}, got {int(state_indices.max())}")
+        readable = state_indices.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would synchronise
+        if readable and state_indices.numel() and state_indices.max() >= slots:
+            raise ValueError(f"{op}: state_indices must be below the number of slots {slots}, got {int(state_indices.max())}")
         state_indices = state_indices.contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
         raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")

@@ -1,0 +1,1 @@
+"""Drop-ins for other projects' libraries, one module each."""

@@ -1,0 +1,107 @@
+"""masked_conv2d and MaskedConv2d: equal to the masked weight, blind to what is ahead, in both colour layouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from genkern import nn, ops
+from genkern.testing import assert_autoregressive
+
+
+def mask_of(weight, mask_type, colors, layout):
+    """The mask tap by tap, from its definition."""
+    out, channels, height, width = weight.shape
+    color = lambda i, n: i * colors // n if layout == "grouped" else i % colors
+    mask = torch.zeros(weight.shape, dtype=weight.dtype)
+    mask[:, :, : height // 2] = 1
+    mask[:, :, height // 2, : width // 2] = 1
+    for o in range(out):
+        for i in range(channels):
+            before, own = color(i, channels) < color(o, out), color(i, channels) == color(o, out)
+            mask[o, i, height // 2, width // 2] = before or (own and mask_type == "B")
+    return mask
+
+
+each_mask = pytest.mark.parametrize(
+    "mask_type, colors, layout",
+    [(m, *c) for m in "AB" for c in ((1, "grouped"), (3, "grouped"), (3, "interleaved"))],
+)
+
+
+@each_mask
+@pytest.mark.parametrize(
+    "kernel, size", [((3, 3), (5, 6)), ((7, 5), (4, 3)), ((1, 3), (2, 5)), ((3, 1), (3, 2)), ((1, 1), (2, 2)), ((3, 3), (1, 1))]
+)
+def test_equals_the_masked_weight(mask_type, colors, layout, kernel, size):
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, *kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    y = ops.masked_conv2d(x, weight, bias, mask_type=mask_type, colors=colors, layout=layout)
+    mask = mask_of(weight, mask_type, colors, layout)
+    expected = F.conv2d(x, weight * mask, bias, padding=(kernel[0] // 2, kernel[1] // 2))
+    torch.testing.assert_close(y, expected)
+    leaves, upstream = (x, weight, bias), torch.randn_like(y)
+    # a 1x1 kernel of type A with one colour has no live tap, hence no gradient but that of the bias
+    got = torch.autograd.grad(y, leaves, upstream, allow_unused=True, materialize_grads=True)
+    for a, b in zip(got, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types(dtype):
+    x, weight = torch.randn(1, 3, 5, 5), torch.randn(6, 3, 3, 3)
+    expected = ops.masked_conv2d(x, weight, mask_type="B", colors=3)
+    y = ops.masked_conv2d(x.to(dtype), weight.to(dtype), mask_type="B", colors=3)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=5e-2, atol=1e-1)
+
+
+@each_mask
+def test_the_future_does_not_reach_the_past(mask_type, colors, layout):
+    torch.manual_seed(0)
+    layer = nn.MaskedConv2d(3, 9, 5, mask_type=mask_type, colors=colors, layout=layout)
+    options = {"order": "raster", "colors": colors, "layout": layout, "strict": mask_type == "A"}
+    assert_autoregressive(layer, torch.randn(1, 3, 5, 6), **options)
+
+
+def test_a_stack_with_gates_is_autoregressive():
+    torch.manual_seed(0)
+    for layout in ("grouped", "interleaved"):
+        options = {"colors": 3, "layout": layout}
+        first = nn.MaskedConv2d(3, 12, 5, mask_type="A", **options)
+        second = nn.MaskedConv2d(6, 9, 3, mask_type="B", **options)
+        model = lambda x, f=first, s=second, o=options: s(ops.gated_activation(f(x), **o))
+        assert_autoregressive(model, torch.randn(1, 3, 4, 4), order="raster", **options)
+
+
+def test_layer_loads_the_weights_of_torch():
+    twin = torch.nn.Conv2d(3, 6, 3, padding=1)
+    layer = nn.MaskedConv2d(3, 6, 3, mask_type="B", colors=3)
+    layer.load_state_dict(twin.state_dict())
+    x = torch.randn(2, 3, 4, 5)
+    with torch.no_grad():
+        twin.weight *= mask_of(twin.weight, "B", 3, "grouped")
+        torch.testing.assert_close(layer(x), twin(x))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"mask_type": "C"}, "mask_type must be"),
+        ({"layout": "thirds"}, "layout must be"),
+        ({"colors": 2}, "divisible by colors"),
+        ({"weight": torch.zeros(3, 3, 2, 3)}, "must be odd"),
+        ({"weight": torch.zeros(3, 1, 3, 3)}, "weight must have shape"),
+        ({"bias": torch.zeros(2)}, "bias must have shape"),
+    ],
+)
+def test_bad_arguments(change, words):
+    arguments = {"x": torch.zeros(1, 3, 4, 4), "weight": torch.zeros(3, 3, 3, 3), "mask_type": "A"} | change
+    with pytest.raises(ValueError, match=words):
+        ops.masked_conv2d(**arguments)
+    with pytest.raises(ValueError, match="must be one of"):
+        nn.MaskedConv2d(3, 3, 3, mask_type="C")
+    with pytest.raises(ValueError, match="must be odd"):
+        nn.MaskedConv2d(3, 3, 4, mask_type="A")

@@ -1,0 +1,67 @@
+"""Machine code of the Triton kernels of causal_conv1d and gated_activation: no stack, no spills, a register budget."""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 is set: kernels are not compiled", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from aot import compile_kernel  # noqa: E402
+
+from genkern.ops.autoregressive import _causal_conv_triton as conv  # noqa: E402
+from genkern.ops.autoregressive import _gated_activation_triton as gate  # noqa: E402
+
+each_arch = pytest.mark.parametrize("arch", [80, 90])
+INTEGERS = ("rows", "width", "time", "channels", "count", "blocks")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_cache(tmp_path_factory):
+    previous = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    yield
+    triton.knobs.cache.dir = previous
+
+
+def _hold(kernel, tensors, constants, arch, budget):
+    types = tensors | {name: "i32" for name in kernel.arg_names if name in INTEGERS or name.endswith("_stride")}
+    code = compile_kernel(kernel, types, constants, arch, unaligned=("rows", "count", "blocks"))
+    assert code.stack == 0
+    assert not [o for o in code.opcodes if o.startswith(("LDL", "STL"))]
+    assert code.registers <= budget
+    assert ".approx.f32" not in code.ptx  # tl.exp and a plain division would be
+    return code
+
+
+@each_arch
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "state and sequences"])
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("conv_kernel", ("x", "weight", "bias", "y")),
+        ("activation_backward_kernel", ("grad", "x", "weight", "bias", "h")),
+        ("input_backward_kernel", ("h", "weight", "d_x")),
+        ("weight_backward_kernel", ("h", "x", "partial")),
+    ],
+)
+def test_causal_conv(name, own, full, arch):
+    kernel = getattr(conv, name)
+    tensors = dict.fromkeys(own, "*fp32")
+    if full:
+        tensors |= {"seq": "*i32"} | {n: "*fp32" for n in ("state", "d_state") if n in kernel.arg_names}
+    constants = dict(TAPS=4, DILATION=1, BIAS=True, STATE=full, SEQ=full, SILU=True, DTYPE=tl.float32, ROWS=1, COLUMNS=1024, BLOCK=1024)
+    constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+    _hold(kernel, tensors, constants, arch, 128)
+
+
+@each_arch
+@pytest.mark.parametrize("kernel", [gate.gate_kernel, gate.gate_backward_kernel], ids=["forward", "backward"])
+def test_gate(kernel, arch):
+    names = [n for n in ("grad", "x", "condition", "y", "d_x", "d_condition") if n in kernel.arg_names]
+    constants = dict(CONDITION=True, DTYPE=tl.float32, ROWS=1, COLUMNS=1024)
+    code = _hold(kernel, dict.fromkeys(names, "*fp32"), constants, arch, 128)
+    for access in ("LDG.E.128", "STG.E.128"):
+        assert any(o.startswith(access) for o in code.opcodes)
