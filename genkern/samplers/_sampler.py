@@ -1,11 +1,13 @@
 """Sampler: from the rows of a subclass to a table, and the loop that calls the model and one fused step per evaluation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from genkern import ops, random
+from genkern import random
+from genkern.ops.diffusion._sampler_step import _sampler_step
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,12 @@ class Sampler:
             key = random.draw_key(generator) if key is None else key
             keys = random.split(key, len(rows) + 1)
             keys = keys if keys.dim() == 2 else keys.transpose(0, 1).contiguous()  # (evaluations + 1[, N], 2)
-            keys = keys.to(device) if keys.dim() == 3 else keys
+            keys = keys.to(device) if keys.dim() == 3 or keys.device.type != "cpu" else keys
         x = self._initial(grid, shape, start, image, keys, device, dtype)
         model_dtype = model_dtype or dtype
+        if (model_dtype == torch.float64) != (dtype == torch.float64):
+            raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
+        clip = math.inf if self.clip is None else float(self.clip)
         guided = guidance_scale is not None
         doubled = (shape[0] * (1 + guided), *shape[1:])
         conditions = self._conditions(conditions or {}, unconditional)
@@ -152,14 +157,20 @@ class Sampler:
         for i in _progress(range(len(rows)), progress, name):
             m = model(model_input, times[i], **conditions)
             m = m if isinstance(m, torch.Tensor) else m.sample
-            if i == 0 and m.shape != doubled:
-                raise ValueError(f"{name}.sample: the model must return shape {tuple(doubled)}, got {tuple(m.shape)}")
-            given = {}
-            if noisy[i]:
-                given = {"key": keys[i + 1]} if noise is None else {"noise": noise(i).to(device)}
-            ops.sampler_step(
-                x, m, table, i, *history, clip=self.clip, out=x, history_out=history[-1] if history else None,
-                input_out=None if i + 1 == len(rows) else model_input, **given,
+            if m.shape != doubled or m.device != x.device:
+                got = f"{tuple(m.shape)} on {m.device}"
+                raise ValueError(f"{name}.sample: the model must return {tuple(doubled)} on {x.device}, got {got}")
+            m = m if (m.dtype == torch.float64) == (dtype == torch.float64) else m.to(dtype)
+            given = draw = None
+            if noisy[i] and noise is None:
+                draw = keys[i + 1]
+            elif noisy[i]:
+                given = noise(i).to(x)
+            last = i + 1 == len(rows)
+            # What ops.sampler_step would check holds by construction.
+            _sampler_step(
+                x, m, table, None, i, *(*history, None, None)[:2], given, draw, clip, x,
+                history[-1] if history else None, None if last else model_input,
             )  # fmt: skip
             history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one
             if callback is not None:

@@ -136,7 +136,7 @@ def _output(name, out, shape, like, x=None):
     check_device("sampler_step", name, out, "x", like)
     if (out.dtype == torch.float64) != (like.dtype == torch.float64):
         raise ValueError(f"sampler_step: float64 does not mix with narrower outputs: {name} is {out.dtype}, expected {like.dtype}")
-    if out.numel() and not out[0].is_contiguous():
+    if not (out.is_contiguous() or (out.numel() and out[0].is_contiguous())):
         raise ValueError(f"sampler_step: the samples of {name} must be contiguous")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"sampler_step: {name} requires grad; a step has no gradient")
