@@ -8,6 +8,7 @@ import torch
 
 from genkern import random
 from genkern.ops.diffusion._sampler_step import _sampler_step
+from genkern.ops.diffusion._sampler_step_moments import guidance_moments, rescale_weight
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Sampler:
         unconditional=None,
         guidance_scale=None,
         guidance_interval=(0.0, 1.0),
+        guidance_rescale=0.0,
         device=None,
         dtype=torch.float32,
         model_dtype=None,
@@ -106,6 +108,7 @@ class Sampler:
                         guidance: `conditions` are already doubled
         guidance_scale  None, or g of m = u + g (c - u) (classifier-free guidance): the model is called on a doubled batch
         guidance_interval   the part of the steps that is guided (Kynkaanniemi et al., 2024); outside g is 1
+        guidance_rescale    the part by which m is brought to the deviation of c (Lin et al., 2023, eq. 15, 16), per sample
         dtype, model_dtype  of the state and of the model's inputs (default: the same)
         callback        called as callback(evaluation, t, x) after each step; x is overwritten by the next one
         progress        a progress bar; needs tqdm
@@ -154,6 +157,7 @@ class Sampler:
         scaled = (x * rows[0].scale).to(model_dtype)
         model_input = torch.cat([scaled, scaled]) if guided else scaled.clone() if scaled is x else scaled
 
+        samples = torch.arange(shape[0], device=x.device)
         for i in _progress(range(len(rows)), progress, name):
             m = model(model_input, times[i], **conditions)
             m = m if isinstance(m, torch.Tensor) else m.sample
@@ -167,9 +171,12 @@ class Sampler:
             elif noisy[i]:
                 given = noise(i).to(x)
             last = i + 1 == len(rows)
+            chosen, steps = table, None
+            if guided and guidance_rescale:
+                chosen, steps = self._rescaled(table[i], m, guidance_rescale), samples
             # What ops.sampler_step would check holds by construction.
             _sampler_step(
-                x, m, table, None, i, *(*history, None, None)[:2], given, draw, clip, x,
+                x, m, chosen, steps, 0 if steps is not None else i, *(*history, None, None)[:2], given, draw, clip, x,
                 history[-1] if history else None, None if last else model_input,
             )  # fmt: skip
             history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one
@@ -186,6 +193,14 @@ class Sampler:
         # Without x_0 the noise takes its place: a variance of 1 in a preserving schedule, of sigma^2 in the others.
         level = grid.sigma[0] if self.schedule.kind != "preserving" else 1 / grid.scale[0]
         return noise.mul_(level)
+
+    @staticmethod
+    def _rescaled(row, m, rescale):
+        """The row of the table once per sample, with the guidance weights of that sample."""
+        weight = rescale_weight(guidance_moments(m), row[0], row[1], rescale, m.shape[1:].numel())
+        table = row.repeat(m.shape[0] // 2, 1)
+        table[:, :2] *= weight[:, None]
+        return table
 
     @staticmethod
     def _conditions(conditions, unconditional):

@@ -230,6 +230,20 @@ def test_guidance_is_a_doubled_batch():
         torch.testing.assert_close(off, sampler.sample(net, start=start, conditions={"context": context}), rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_rescale():
+    torch.manual_seed(0)
+    net, contexts, start = Net(), torch.randn(6, 4), torch.randn(3, 4)
+
+    def rescaled(x, t):
+        u, c = net(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        m = u + 5.0 * (c - u)
+        return m * (0.7 * c.std(1, keepdim=True) / m.std(1, keepdim=True) + 0.3)
+
+    sampler = DPMSolverMultistep(PRESERVING, 5)
+    got = sampler.sample(net, start=start, conditions={"context": contexts}, guidance_scale=5.0, guidance_rescale=0.7)
+    torch.testing.assert_close(got, sampler.sample(rescaled, start=start), rtol=1e-4, atol=1e-4)
+
+
 def test_keys_per_sample_do_not_depend_on_the_batch():
     sampler, model = EulerAncestral(PRESERVING, 5), exact_model(PRESERVING)
     keys = random.split(random.key(2), 3)
