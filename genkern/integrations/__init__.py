@@ -1,0 +1,1 @@
+"""genkern inside other libraries; each module needs its library installed."""
