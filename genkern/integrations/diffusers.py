@@ -109,10 +109,12 @@ class _Fused:
     def _step(self, m, sample, index, noise, generator, table, history=()):
         """(next sample, estimate of x_0)."""
         table, noisy = table
-        if noisy[index]:
-            noise = self._noise(m, generator) if noise is None else noise.to(m.device)
-        else:
+        if not noisy[index]:
             noise = None
+        elif noise is None:
+            noise = self._noise(m, generator)
+        else:
+            noise = noise.to(m.device)
         h1, h2 = (*history, None, None)[:2]
         out = torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
         return sampler_step(sample, m, table, index, h1, h2, noise=noise, clip=self.clip, out=out)
@@ -140,10 +142,7 @@ class _Memoryless(_Fused):
     def _where(self, timestep):
         """Index of the timestep: looked up, or counted on where it lies on another device."""
         on_host = not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu"
-        if on_host or self._index is None:
-            index = self._at[float(timestep)]
-        else:
-            index = self._index
+        index = self._at[float(timestep)] if on_host or self._index is None else self._index
         self._index = index + 1 if index + 1 < len(self._at) else None
         return index
 
