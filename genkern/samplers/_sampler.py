@@ -18,6 +18,7 @@ class Row:
     t: float  # what the model is told
     scale: float  # of the model's input
     data: tuple  # y = data[0] x + data[1] m
+    level: tuple  # alpha and sigma of x
     sample: dict  # the next sample
     history: dict = field(default_factory=lambda: {"y": 1.0})  # the next history term
 
@@ -79,6 +80,7 @@ class Sampler:
         start=None,
         image=None,
         strength=1.0,
+        mask=None,
         noise=None,
         conditions=None,
         unconditional=None,
@@ -102,6 +104,8 @@ class Sampler:
         start           the initial sample, already of the first point's noise
         image, strength     noise is added to `image` (x_0) and the last `strength` part of the steps is taken (SDEdit; Meng et al.,
                         2022)
+        mask            keeps `image` where it is 0 and samples where it is 1 (inpainting): after each step the rest is `image` with
+                        the noise of that point. Broadcasts to shape
         noise           instead of draws: noise(i) returns the noise of evaluation i
         conditions      keyword arguments of the model
         unconditional   those without the condition: tensors of both are concatenated, (unconditional, conditional). None under
@@ -122,6 +126,8 @@ class Sampler:
         shape = torch.Size(shape)
         if given is not None and given.shape != shape:
             raise ValueError(f"{name}.sample: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
+        if mask is not None and (image is None or start is not None):
+            raise ValueError(f"{name}.sample: mask needs image, and no start")
         if not 0 < strength <= 1:
             raise ValueError(f"{name}.sample: strength must be in (0, 1], got {strength}")
         if unconditional is not None and guidance_scale is None:
@@ -139,6 +145,10 @@ class Sampler:
             keys = keys if keys.dim() == 2 else keys.transpose(0, 1).contiguous()  # (evaluations + 1[, N], 2)
             keys = keys.to(device) if keys.dim() == 3 or keys.device.type != "cpu" else keys
         x = self._initial(grid, shape, start, image, keys, device, dtype)
+        if mask is not None:
+            mask, image = mask.to(device, dtype), image.to(device, dtype)
+            levels = [*(row.level for row in rows[1:]), (grid.alpha[-1], grid.sigma[-1])]
+            first_noise = random.normal(keys[0], shape, dtype=dtype, device=device)
         model_dtype = model_dtype or dtype
         if (model_dtype == torch.float64) != (dtype == torch.float64):
             raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
@@ -180,6 +190,11 @@ class Sampler:
                 history[-1] if history else None, None if last else model_input,
             )  # fmt: skip
             history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one
+            if mask is not None:
+                alpha, sigma = levels[i]
+                x.mul_(mask).add_((alpha * image + sigma * first_noise) * (1 - mask))
+                if not last:
+                    model_input.copy_((x * rows[i + 1].scale).repeat(1 + guided, *(1,) * (x.dim() - 1)))
             if callback is not None:
                 callback(i, times[i], x)
         return x

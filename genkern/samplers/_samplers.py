@@ -14,8 +14,12 @@ from genkern.samplers._sampler import Row, Sampler
 def _points(grid):
     """(i, a, s, A, S, row arguments) of every step."""
     for i in range(len(grid)):
-        arguments = {"t": grid.t[i], "scale": grid.scale[i], "data": grid.data[i]}
-        yield i, grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1], arguments
+        yield i, grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1], _arguments(grid, i)
+
+
+def _arguments(grid, i):
+    """What a Row says of the point where the model is called."""
+    return {"t": grid.t[i], "scale": grid.scale[i], "data": grid.data[i], "level": (grid.alpha[i], grid.sigma[i])}
 
 
 def _log_snr(alpha, sigma):
@@ -143,8 +147,7 @@ class Heun(Sampler):
             result.append(Row(**arguments, sample={"x": S / s, "y": 1 - S / s}, history={"x": 1.0}))
             if S > 0 and i + 1 < len(grid):
                 half = (S - s) / (2 * S)
-                second = {"t": grid.t[i + 1], "scale": grid.scale[i + 1], "data": grid.data[i + 1]}
-                result.append(Row(**second, sample={"x": 0.5 + half, "h1": 0.5, "y": -half}, history={"x": 1.0}))
+                result.append(Row(**_arguments(grid, i + 1), sample={"x": 0.5 + half, "h1": 0.5, "y": -half}, history={"x": 1.0}))
         return result
 
 

@@ -261,6 +261,25 @@ def test_image_to_image_takes_the_last_steps():
     assert (kept - image).abs().max() < 1.0
 
 
+@pytest.mark.parametrize("make", [DDIM, EulerAncestral, DPMSolverMultistep, Heun])
+def test_inpainting_keeps_the_image_outside_the_mask(make):
+    image, mask = torch.linspace(-1, 1, 5).expand(2, 5), torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0])
+    inputs, sampler = [], make(PRESERVING, 8)
+    exact = exact_model(PRESERVING)
+
+    def model(x, t):
+        inputs.append(x.clone())
+        return exact(x, t)
+
+    x = sampler.sample(model, image=image, mask=mask, key=random.key(0))
+    torch.testing.assert_close(x * (1 - mask), image * (1 - mask))
+    assert ((x - image).abs() * mask > 1e-3).any()
+    rows, n = sampler.rows(sampler.grid), random.normal(random.split(random.key(0), len(inputs) + 1)[0], image.shape)
+    for row, given in zip(rows, inputs, strict=True):
+        noisy = row.scale * (row.level[0] * image + row.level[1] * n)
+        torch.testing.assert_close(given * (1 - mask), noisy * (1 - mask), rtol=1e-4, atol=1e-4)
+
+
 def test_low_precision_models_and_no_gradients():
     start = torch.randn(2, 6)
     seen = []
@@ -297,6 +316,7 @@ def test_refusals():
         (ValueError, lambda: DDIM(PRESERVING).sample(model)),
         (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), strength=0.0)),
         (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), unconditional={})),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), mask=torch.ones(3))),
         (ValueError, lambda: DDIM(PRESERVING).sample(lambda x, t: x[:1], (2, 3))),
     ]:
         with pytest.raises(error):
