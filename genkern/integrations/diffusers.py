@@ -13,7 +13,7 @@ import sys
 import torch
 
 from genkern.ops import sampler_step
-from genkern.samplers import DDIM, DDPM, DPMSolverMultistep, Euler
+from genkern.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, EulerAncestral, UniPC
 from genkern.samplers._schedule import Grid
 
 try:
@@ -25,11 +25,11 @@ except ImportError as error:  # pragma: no cover
 def fuse_scheduler(scheduler):
     """Replace scheduler.step by a fused one and return the scheduler; unfuse_scheduler undoes it.
 
-    Serves DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler and DPMSolverMultistepScheduler (sde-)dpmsolver++, float32, bfloat16
-    and float16. Noise is drawn as diffusers draws it, so the same generator gives the same samples up to rounding. Calls with s_churn
-    or use_clipped_model_output take the original step. Before it returns, the fused step is compared with the original one on random
-    data: a scheduler it would not reproduce is refused with RuntimeError; unknown classes with TypeError, unknown configurations
-    with ValueError.
+    Serves DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler with
+    (sde-)dpmsolver++ and UniPCMultistepScheduler up to order 2, in float32, bfloat16 and float16. Noise is drawn as diffusers draws
+    it, so the same generator gives the same samples up to rounding. Calls with s_churn or use_clipped_model_output take the original
+    step. Before it returns, the fused step is compared with the original one on random data: a scheduler it would not reproduce is
+    refused with RuntimeError; unknown classes with TypeError, unknown configurations with ValueError.
     """
     name = type(scheduler).__name__
     if name not in _KINDS:
@@ -63,7 +63,7 @@ def _bare(sampler, **options):
 
 
 class _Fused:
-    history = 1  # without a history, its output is the estimate of x_0
+    draws = True  # step() takes a generator
 
     def __init__(self, scheduler):
         self.scheduler, self.config = scheduler, scheduler.config
@@ -86,7 +86,7 @@ class _Fused:
             generator, x, trace = torch.Generator().manual_seed(1), start, []
             for m, t in zip(outputs, scheduler.timesteps, strict=False):
                 scheduler.scale_model_input(x, t)
-                x = step(m, t, x, generator=generator, return_dict=False)[0]
+                x = step(m, t, x, **({"generator": generator} if self.draws else {}), return_dict=False)[0]
                 trace.append(x)
             results.append(torch.stack(trace))
         original, fused = results
@@ -159,6 +159,24 @@ class _Memoryless(_Fused):
         data = _data(self.config.prediction_type, alpha[0], sigma[0])
         return sampler.rows(Grid([float(t)], alpha, sigma, [1.0, 1.0], [data]))
 
+    def _exploding(self, sampler):
+        sigmas, rows = self.scheduler.sigmas.tolist(), []
+        for t, s, S in zip(self.scheduler.timesteps.tolist(), sigmas, sigmas[1:], strict=False):
+            alpha = 1 / math.sqrt(1 + s * s)
+            a, b = _data(self.config.prediction_type, alpha, s * alpha)
+            rows += sampler.rows(Grid([t], [1.0, 1.0], [s, S], [alpha, 1.0], [(a * alpha, b)]))
+        return sampler, rows
+
+    def _indexed(self, model_output, timestep, sample, generator, return_dict):
+        """A step of a scheduler that counts its steps itself."""
+        scheduler = self.scheduler
+        table = self._prepare(sample.device, ())
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        pair = self._step(model_output, sample, scheduler.step_index, None, generator, table, (sample,))
+        scheduler._step_index += 1
+        return self._result(pair, return_dict)
+
 
 class _DDPM(_Memoryless):
     def __init__(self, scheduler):
@@ -210,31 +228,72 @@ class _DDIM(_Memoryless):
 
 class _Euler(_Memoryless):
     def rows(self):
-        sampler, sigmas, rows = _bare(Euler), self.scheduler.sigmas.tolist(), []
-        for t, s, S in zip(self.scheduler.timesteps.tolist(), sigmas, sigmas[1:], strict=False):
-            alpha = 1 / math.sqrt(1 + s * s)
-            a, b = _data(self.config.prediction_type, alpha, s * alpha)
-            rows += sampler.rows(Grid([t], [1.0, 1.0], [s, S], [alpha, 1.0], [(a * alpha, b)]))
-        return sampler, rows
+        return self._exploding(_bare(Euler))
 
     def step(
         self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0, generator=None,
         return_dict=True,
     ):  # fmt: skip
-        scheduler = self.scheduler
         if s_churn:
-            return type(scheduler).step(
-                scheduler, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
+            return type(self.scheduler).step(
+                self.scheduler, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
             )
-        table = self._prepare(sample.device, ())
+        return self._indexed(model_output, timestep, sample, generator, return_dict)
+
+
+class _EulerAncestral(_Memoryless):
+    def rows(self):
+        return self._exploding(_bare(EulerAncestral, eta=1.0))
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        return self._indexed(model_output, timestep, sample, generator, return_dict)
+
+
+class _Multistep(_Fused):
+    """Solvers that keep earlier estimates of x_0, in float32."""
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self._first, self._past = 0, []
+
+    def sampler(self):
+        raise NotImplementedError
+
+    def table(self, begin):
+        scheduler, sampler = self.scheduler, self.sampler()
+        sampler.lower_order_final = self.config.lower_order_final and self._short()
+        sigmas = scheduler.sigmas.tolist()
+        if self.config.get("use_flow_sigmas"):
+            alpha, sigma = [1 - s for s in sigmas], sigmas
+        else:
+            alpha = [1 / math.sqrt(1 + s * s) for s in sigmas]
+            sigma = [s * a for s, a in zip(sigmas, alpha, strict=True)]
+        data = [_data(self.config.prediction_type, a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        grid = Grid(scheduler.timesteps.tolist(), alpha, sigma, [1.0] * len(sigmas), data)
+        rows = sampler.rows(grid.since(begin))
+        table = sampler.table(rows)
+        skipped = table.new_zeros(begin, table.shape[1])
+        return torch.cat([skipped, table]), [False] * begin + [row.sample.get("n", 0.0) != 0.0 for row in rows]
+
+    def _short(self):
+        return True
+
+    def _advance(self, model_output, timestep, sample, generator, noise, return_dict):
+        scheduler = self.scheduler
         if scheduler.step_index is None:
             scheduler._init_step_index(timestep)
-        pair = self._step(model_output, sample, scheduler.step_index, None, generator, table, (sample,))
+            count = self.sampler().history
+            self._first, self._past = scheduler.step_index, [torch.zeros_like(sample, dtype=torch.float32) for _ in range(count)]
+        table = self._prepare(sample.device, (self._first,))
+        result = self._step(model_output, sample, scheduler.step_index, noise, generator, table, self._past)
+        if self._past:
+            result, newest = result
+            self._past = [newest, *self._past[:-1]]
         scheduler._step_index += 1
-        return self._result(pair, return_dict)
+        return _output_class(scheduler)(prev_sample=result) if return_dict else (result,)
 
 
-class _DPMSolver(_Fused):
+class _DPMSolver(_Multistep):
     def __init__(self, scheduler):
         super().__init__(scheduler)
         self._require("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
@@ -242,45 +301,41 @@ class _DPMSolver(_Fused):
         self._require("variance_type", None)
         if self.config.solver_order == 3 and self.config.algorithm_type.startswith("sde"):
             raise ValueError("fuse_scheduler: sde-dpmsolver++ is served up to solver_order 2")
-        self._past = []
 
-    def table(self, begin):
-        config, scheduler = self.config, self.scheduler
-        sampler = _bare(
-            DPMSolverMultistep, order=config.solver_order, history=config.solver_order - 1, solver=config.solver_type,
-            stochastic=config.algorithm_type.startswith("sde"),
-            lower_order_final=config.lower_order_final and len(scheduler.timesteps) < 15,
+    def sampler(self):
+        order = self.config.solver_order
+        return _bare(
+            DPMSolverMultistep, order=order, history=order - 1, solver=self.config.solver_type,
+            stochastic=self.config.algorithm_type.startswith("sde"),
         )  # fmt: skip
-        sigmas = scheduler.sigmas.tolist()
-        if config.get("use_flow_sigmas"):
-            alpha, sigma = [1 - s for s in sigmas], sigmas
-        else:
-            alpha = [1 / math.sqrt(1 + s * s) for s in sigmas]
-            sigma = [s * a for s, a in zip(sigmas, alpha, strict=True)]
-        data = [_data(config.prediction_type, a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
-        grid = Grid(scheduler.timesteps.tolist(), alpha, sigma, [1.0] * len(sigmas), data)
-        rows = sampler.rows(grid.since(begin))
-        table = sampler.table(rows)
-        skipped = table.new_zeros(begin, table.shape[1])
-        return torch.cat([skipped, table]), [False] * begin + [sampler.stochastic] * len(rows)
+
+    def _short(self):
+        return len(self.scheduler.timesteps) < 15
 
     def _noise(self, m, generator):
         return randn_tensor(m.shape, generator=generator, device=m.device, dtype=torch.float32)
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
-        scheduler = self.scheduler
-        if scheduler.step_index is None:
-            scheduler._init_step_index(timestep)
-            self._first, self._past = scheduler.step_index, []
-        if not self._past and self.config.solver_order > 1:
-            self._past = [torch.zeros_like(sample, dtype=torch.float32) for _ in range(self.config.solver_order - 1)]
-        table = self._prepare(sample.device, (self._first,))
-        result = self._step(model_output, sample, scheduler.step_index, variance_noise, generator, table, self._past)
-        if self._past:
-            result, newest = result
-            self._past = [newest, *self._past[:-1]]
-        scheduler._step_index += 1
-        return _output_class(scheduler)(prev_sample=result) if return_dict else (result,)
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class _UniPC(_Multistep):
+    draws = False
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self._require("predict_x0", True)
+        self._require("solver_order", 1, 2)
+        self._require("solver_type", "bh1", "bh2")
+        self._require("solver_p", None)
+        if self.config.get("disable_corrector"):
+            raise ValueError("fuse_scheduler: disable_corrector must be empty")
+
+    def sampler(self):
+        return _bare(UniPC, order=self.config.solver_order, variant=self.config.solver_type)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        return self._advance(model_output, timestep, sample, None, None, return_dict)
 
 
 def _output_class(scheduler):
@@ -294,5 +349,7 @@ _KINDS = {
     "DDPMScheduler": _DDPM,
     "DDIMScheduler": _DDIM,
     "EulerDiscreteScheduler": _Euler,
+    "EulerAncestralDiscreteScheduler": _EulerAncestral,
     "DPMSolverMultistepScheduler": _DPMSolver,
+    "UniPCMultistepScheduler": _UniPC,
 }

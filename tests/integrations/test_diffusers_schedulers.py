@@ -18,6 +18,10 @@ CASES = [
     ("DDIM", dict(timestep_spacing="linspace", prediction_type="sample", **LATENT), dict(eta=0.6)),
     ("EulerDiscrete", LATENT, {}),
     ("EulerDiscrete", dict(prediction_type="v_prediction", use_karras_sigmas=True, timestep_spacing="trailing", **LATENT), {}),
+    ("EulerAncestralDiscrete", LATENT, {}),
+    ("UniPCMultistep", LATENT, {}),
+    ("UniPCMultistep", dict(solver_type="bh1", final_sigmas_type="sigma_min", use_karras_sigmas=True, **LATENT), {}),
+    ("UniPCMultistep", dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0), {}),
     ("DPMSolverMultistep", LATENT, {}),
     ("DPMSolverMultistep", dict(solver_order=3, use_karras_sigmas=True, **LATENT), {}),
     ("DPMSolverMultistep", dict(algorithm_type="sde-dpmsolver++", solver_type="heun", final_sigmas_type="sigma_min", **LATENT), {}),
@@ -37,7 +41,7 @@ def run(scheduler, steps=20, begin=0, dtype=torch.float32, **arguments):
     x, outputs = torch.randn(2, 4, 8, 8, generator=generator).to(dtype), torch.randn(steps, 2, 4, 8, 8, generator=generator).to(dtype)
     for i, t in enumerate(scheduler.timesteps[begin:]):
         scheduler.scale_model_input(x, t)
-        result = scheduler.step(outputs[i], t, x, generator=draws, **arguments)
+        result = scheduler.step(outputs[i], t, x, **arguments | ({} if "UniPC" in type(scheduler).__name__ else {"generator": draws}))
         x = result.prev_sample
     return result
 
@@ -71,6 +75,7 @@ def test_refusals():
         (TypeError, "LCM", {}),
         (ValueError, "DDPM", dict(thresholding=True)),
         (ValueError, "DDPM", dict(variance_type="learned_range")),
+        (ValueError, "UniPCMultistep", dict(solver_order=3)),
         (ValueError, "DPMSolverMultistep", dict(algorithm_type="dpmsolver", final_sigmas_type="sigma_min")),
     ]:
         with pytest.raises(error, match="fuse_scheduler: "):
