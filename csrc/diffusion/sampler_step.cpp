@@ -20,6 +20,14 @@ struct SamplerStep {
   double clip;
 
   template <class V>
+  GK_FN static V combine(const V* c, V x, V m, V y, V eps, const V* history) {
+    V sum = fma(c[0], x, fma(c[1], m, c[2] * y));
+    if constexpr (kGivenNoise || !std::is_same<Distribution, NoNoise>::value) sum = fma(c[3], eps, sum);
+    for (int k = 0; k < kHistory; k++) sum = fma(c[4 + k], history[k], sum);
+    return sum;
+  }
+
+  template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
     const V x = in[0], m = kRaw == 2 ? fma(row[kGuidance], in[1], row[kGuidance + 1] * in[kRaw]) : in[1];
     V y = fma(row[kPrediction], x, row[kPrediction + 1] * m);
@@ -27,15 +35,9 @@ struct SamplerStep {
     y = y > splat<V>(clip) ? splat<V>(clip) : y;
     if constexpr (kGivenNoise) eps = in[kInputs - 1];
     const V* history = in + 1 + kRaw;
-    const auto combine = [&](const V* c) {
-      V sum = fma(c[0], x, fma(c[1], m, c[2] * y));
-      if constexpr (kGivenNoise || !std::is_same<Distribution, NoNoise>::value) sum = fma(c[3], eps, sum);
-      for (int k = 0; k < kHistory; k++) sum = fma(c[4 + k], history[k], sum);
-      return sum;
-    };
-    const V next = combine(row + kSample);
+    const V next = combine(row + kSample, x, m, y, eps, history);
     out[0] = next;
-    if constexpr (kHistory > 0) out[1] = combine(row + kSample + kTerms);
+    if constexpr (kHistory > 0) out[1] = combine(row + kSample + kTerms, x, m, y, eps, history);
     if constexpr (kNextInput)
       for (int k = kOutputs - kRaw; k < kOutputs; k++) out[k] = next * row[kRowInputs - 1];
   }

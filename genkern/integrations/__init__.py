@@ -1,1 +1,1 @@
-"""Drop-ins for other projects' libraries, one module each."""
+"""Drop-ins for other libraries, one module each."""

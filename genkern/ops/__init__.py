@@ -5,6 +5,7 @@ from genkern.ops.autoregressive._gated_activation import gated_activation
 from genkern.ops.autoregressive._masked_conv import masked_conv2d
 from genkern.ops.diffusion._group_norm_act import group_norm_act
 from genkern.ops.diffusion._sampler_step import sampler_step
+from genkern.ops.diffusion._sampler_step_moments import guidance_moments
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
@@ -18,6 +19,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_nll",
     "group_norm_act",
+    "guidance_moments",
     "masked_conv2d",
     "reparameterize",
     "reparameterize_kl",

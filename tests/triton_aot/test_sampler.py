@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 
+from genkern.ops.diffusion._sampler_step_moments_triton import moments_kernel  # noqa: E402
 from genkern.ops.diffusion._sampler_step_triton import step_kernel  # noqa: E402
 
 
@@ -32,8 +33,19 @@ def test_step(history, key, device_steps, dtype, arch):
     types |= {"steps": "*i64"} if device_steps else {}
     constants = dict(HISTORY=history, STEPS_STRIDE=0, DTYPE=tl.float32, KEY_STRIDE=0, ALIGNED=True, ROWS=1, COLUMNS=1024)
     code = compile_kernel(step_kernel, types, constants, arch, unaligned=("step", "table_rows", "clip", "rows"))
+    _hold(code, "LDG.E.128", "STG.E.128")
+
+
+@pytest.mark.parametrize("dtype, arch", [("*fp32", 80), ("*bf16", 90), ("*fp32", 120)])
+def test_moments(dtype, arch):
+    types = {"u": dtype, "c": dtype, "partial": "*fp32", "u_stride": "i32", "c_stride": "i32", "rows": "i32", "width": "i32"}
+    constants = dict(DTYPE=tl.float32, ROWS=1, COLUMNS=1024)
+    _hold(compile_kernel(moments_kernel, types, constants, arch, unaligned=("rows",)), "LDG.E.128")
+
+
+def _hold(code, *accesses):
     assert code.stack == 0
     assert not [o for o in code.opcodes if o.startswith(("LDL", "STL"))]
     assert code.registers <= 128
-    for access in ("LDG.E.128", "STG.E.128"):
+    for access in accesses:
         assert any(o.startswith(access) for o in code.opcodes)

@@ -77,8 +77,12 @@ def sampler_step(
     if not clip > 0:
         raise ValueError(f"sampler_step: clip must be positive, got {clip}")
 
-    x, model_output, h1, h2, noise = same_precision((x, model_output, h1, h2, noise))
-    table = table.to(working_type(x)).contiguous()
+    tensors = same_precision((x, model_output, h1, h2, noise))
+    if any(t is not None and t.requires_grad for t in tensors):
+        tensors = [None if t is None else t.detach() for t in tensors]
+    x, model_output, h1, h2, noise = tensors
+    table = table.detach().to(working_type(*tensors)).contiguous()
+    given = [t for t in (out, history_out, input_out) if t is not None]
     shape = x.shape
     out = _output("out", out, shape, x)
     outputs = [out]
@@ -90,8 +94,9 @@ def sampler_step(
     if next_input or input_out is not None:
         input_out = _output("input_out", input_out, model_output.shape, model_output, x)
         outputs.append(input_out)
-    with torch.no_grad():
-        _sampler_step(x, model_output, table, steps, step, h1, h2, noise, key, clip, out, history_out, input_out)
+    _sampler_step(x, model_output, table, steps, step, h1, h2, noise, key, clip, out, history_out, input_out)
+    if given:
+        torch.autograd.graph.increment_version(given)
     return tuple(outputs) if len(outputs) > 1 else out
 
 
@@ -136,7 +141,7 @@ def _output(name, out, shape, like, x=None):
     check_device("sampler_step", name, out, "x", like)
     if (out.dtype == torch.float64) != (like.dtype == torch.float64):
         raise ValueError(f"sampler_step: float64 does not mix with narrower outputs: {name} is {out.dtype}, expected {like.dtype}")
-    if out.numel() and not out[0].is_contiguous():
+    if not (out.is_contiguous() or (out.numel() and out[0].is_contiguous())):
         raise ValueError(f"sampler_step: the samples of {name} must be contiguous")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"sampler_step: {name} requires grad; a step has no gradient")

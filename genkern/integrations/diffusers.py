@@ -1,0 +1,355 @@
+"""The step of diffusers' schedulers as one fused kernel.
+
+    from genkern.integrations.diffusers import fuse_scheduler
+    fuse_scheduler(pipe.scheduler)          # then use the pipeline as before
+
+The scheduler stays the same object of the same class; its coefficients are computed once per set_timesteps, in float64, so that a
+step is one kernel without host synchronisation.
+"""
+
+import math
+import sys
+
+import torch
+
+from genkern.ops import sampler_step
+from genkern.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, EulerAncestral, UniPC
+from genkern.samplers._schedule import Grid
+
+try:
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:  # pragma: no cover
+    raise ImportError("genkern.integrations.diffusers needs diffusers: pip install diffusers") from error
+
+
+def fuse_scheduler(scheduler):
+    """Replace scheduler.step by a fused one and return the scheduler; unfuse_scheduler undoes it.
+
+    Serves DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler with
+    (sde-)dpmsolver++ and UniPCMultistepScheduler up to order 2, in float32, bfloat16 and float16. Noise is drawn as diffusers draws
+    it, so the same generator gives the same samples up to rounding. Calls with s_churn or use_clipped_model_output take the original
+    step. Before it returns, the fused step is compared with the original one on random data: a scheduler it would not reproduce is
+    refused with RuntimeError; unknown classes with TypeError, unknown configurations with ValueError.
+    """
+    name = type(scheduler).__name__
+    if name not in _KINDS:
+        raise TypeError(f"fuse_scheduler: serves {', '.join(_KINDS)}, got {name}")
+    trial = _KINDS[name](type(scheduler).from_config(scheduler.config))
+    trial.compare()
+    scheduler.step = _KINDS[name](scheduler).step
+    return scheduler
+
+
+def unfuse_scheduler(scheduler):
+    """Give a fused scheduler its own step back."""
+    vars(scheduler).pop("step", None)
+    return scheduler
+
+
+def _data(prediction, alpha, sigma):
+    """x_0 = a x + b m."""
+    known = {
+        "epsilon": lambda: (1 / alpha, -sigma / alpha), "sample": lambda: (0.0, 1.0), "v_prediction": lambda: (alpha, -sigma),
+        "flow_prediction": lambda: (1.0, -sigma),
+    }  # fmt: skip
+    return known[prediction]()
+
+
+def _bare(sampler, **options):
+    """A sampler for its rows alone: the points come from the scheduler."""
+    bare = sampler.__new__(sampler)
+    vars(bare).update(options)
+    return bare
+
+
+class _Fused:
+    draws = True  # step() takes a generator
+
+    def __init__(self, scheduler):
+        self.scheduler, self.config = scheduler, scheduler.config
+        self._timesteps = None
+        self._require("thresholding", False, None)
+        self._require("prediction_type", "epsilon", "sample", "v_prediction", "flow_prediction")
+
+    def _require(self, name, *allowed):
+        value = self.config.get(name)
+        if value not in allowed:
+            raise ValueError(f"fuse_scheduler: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+    def compare(self):
+        """RuntimeError unless the fused step agrees with the scheduler's own on random data."""
+        scheduler, results = self.scheduler, []
+        generator = torch.Generator().manual_seed(0)
+        start, outputs = torch.randn(2, 4, 6, generator=generator), torch.randn(64, 2, 4, 6, generator=generator)
+        for step in (scheduler.step, self.step):
+            scheduler.set_timesteps(16)
+            generator, x, trace = torch.Generator().manual_seed(1), start, []
+            for m, t in zip(outputs, scheduler.timesteps, strict=False):
+                scheduler.scale_model_input(x, t)
+                x = step(m, t, x, **({"generator": generator} if self.draws else {}), return_dict=False)[0]
+                trace.append(x)
+            results.append(torch.stack(trace))
+        original, fused = results
+        error = ((original - fused).abs().amax() / original.abs().amax()).item()
+        if not error < 1e-4:
+            raise RuntimeError(f"fuse_scheduler: {type(scheduler).__name__} is not reproduced (relative error {error:.1e})")
+
+    def _prepare(self, device, options):
+        """The table for the timesteps that are set, on the device."""
+        timesteps = self.scheduler.timesteps
+        if timesteps is not self._timesteps:
+            self._timesteps, self._tables, self._index = timesteps, {}, None
+            self._at = {float(t): i for i, t in reversed(list(enumerate(timesteps.tolist())))}
+        key = (device, *options)
+        if key not in self._tables:
+            table, noisy = self.table(*options)
+            self._tables[key] = table.float().to(device), noisy
+        return self._tables[key]
+
+    def _step(self, m, sample, index, noise, generator, table, history=()):
+        """(next sample, estimate of x_0)."""
+        table, noisy = table
+        if not noisy[index]:
+            noise = None
+        elif noise is None:
+            noise = self._noise(m, generator)
+        else:
+            noise = noise.to(m.device)
+        h1, h2 = (*history, None, None)[:2]
+        out = torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
+        return sampler_step(sample, m, table, index, h1, h2, noise=noise, clip=self.clip, out=out)
+
+    def _noise(self, m, generator):
+        return randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype)
+
+    clip = None
+
+    def _clip(self):
+        return float(self.config.get("clip_sample_range", 1.0)) if self.config.get("clip_sample") else None
+
+
+class _Memoryless(_Fused):
+    """Steps that depend on the sample and the model output alone."""
+
+    def rows(self, *options):
+        raise NotImplementedError
+
+    def table(self, *options):
+        sampler, rows = self.rows(*options)
+        padded = [[*row[:8], 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0] for row in sampler.table(rows).tolist()]  # h' = y
+        return torch.tensor(padded, dtype=torch.float64), [row.sample.get("n", 0.0) != 0.0 for row in rows]
+
+    def _where(self, timestep):
+        """Index of the timestep: looked up, or counted on where it lies on another device."""
+        on_host = not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu"
+        index = self._at[float(timestep)] if on_host or self._index is None else self._index
+        self._index = index + 1 if index + 1 < len(self._at) else None
+        return index
+
+    def _result(self, pair, return_dict):
+        if not return_dict:
+            return pair
+        output = _output_class(self.scheduler)
+        return output(prev_sample=pair[0], pred_original_sample=pair[1])
+
+    def _preserving(self, sampler, t, previous, final):
+        bar = self.scheduler.alphas_cumprod
+        now, before = float(bar[t]), float(bar[previous]) if previous >= 0 else final
+        alpha, sigma = [math.sqrt(now), math.sqrt(before)], [math.sqrt(1 - now), math.sqrt(1 - before)]
+        data = _data(self.config.prediction_type, alpha[0], sigma[0])
+        return sampler.rows(Grid([float(t)], alpha, sigma, [1.0, 1.0], [data]))
+
+    def _exploding(self, sampler):
+        sigmas, rows = self.scheduler.sigmas.tolist(), []
+        for t, s, S in zip(self.scheduler.timesteps.tolist(), sigmas, sigmas[1:], strict=False):
+            alpha = 1 / math.sqrt(1 + s * s)
+            a, b = _data(self.config.prediction_type, alpha, s * alpha)
+            rows += sampler.rows(Grid([t], [1.0, 1.0], [s, S], [alpha, 1.0], [(a * alpha, b)]))
+        return sampler, rows
+
+    def _indexed(self, model_output, timestep, sample, generator, return_dict):
+        """A step of a scheduler that counts its steps itself."""
+        scheduler = self.scheduler
+        table = self._prepare(sample.device, ())
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        pair = self._step(model_output, sample, scheduler.step_index, None, generator, table, (sample,))
+        scheduler._step_index += 1
+        return self._result(pair, return_dict)
+
+
+class _DDPM(_Memoryless):
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self._require("variance_type", "fixed_small", "fixed_large")
+        self.clip = self._clip()
+
+    def rows(self):
+        sampler = _bare(DDPM, variance=self.config.variance_type.removeprefix("fixed_"))
+        rows = []
+        for t in self.scheduler.timesteps.tolist():
+            previous = int(self.scheduler.previous_timestep(t))
+            rows += self._preserving(sampler, t, previous, 1.0)
+            if t > 0 and previous < 0 and sampler.variance == "large":  # diffusers adds noise to the result unless t = 0
+                rows[-1].sample["n"] = math.sqrt(1 - float(self.scheduler.alphas_cumprod[t]))
+        return sampler, rows
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        table = self._prepare(sample.device, ())
+        pair = self._step(model_output, sample, self._where(timestep), None, generator, table, (sample,))
+        return self._result(pair, return_dict)
+
+
+class _DDIM(_Memoryless):
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self.clip = self._clip()
+
+    def rows(self, eta):
+        sampler = _bare(DDIM, eta=eta)
+        rows, scheduler = [], self.scheduler
+        stride = self.config.num_train_timesteps // scheduler.num_inference_steps
+        for t in scheduler.timesteps.tolist():  # diffusers steps to t - stride, which need not be the next timestep
+            rows += self._preserving(sampler, t, t - stride, float(scheduler.final_alpha_cumprod))
+        return sampler, rows
+
+    def step(
+        self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None,
+        return_dict=True,
+    ):  # fmt: skip
+        if use_clipped_model_output:
+            return type(self.scheduler).step(
+                self.scheduler, model_output, timestep, sample, eta, True, generator, variance_noise, return_dict
+            )
+        table = self._prepare(sample.device, (float(eta),))
+        pair = self._step(model_output, sample, self._where(timestep), variance_noise, generator, table, (sample,))
+        return self._result(pair, return_dict)
+
+
+class _Euler(_Memoryless):
+    def rows(self):
+        return self._exploding(_bare(Euler))
+
+    def step(
+        self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0, generator=None,
+        return_dict=True,
+    ):  # fmt: skip
+        if s_churn:
+            return type(self.scheduler).step(
+                self.scheduler, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
+            )
+        return self._indexed(model_output, timestep, sample, generator, return_dict)
+
+
+class _EulerAncestral(_Memoryless):
+    def rows(self):
+        return self._exploding(_bare(EulerAncestral, eta=1.0))
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        return self._indexed(model_output, timestep, sample, generator, return_dict)
+
+
+class _Multistep(_Fused):
+    """Solvers that keep earlier estimates of x_0, in float32."""
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self._first, self._past = 0, []
+
+    def sampler(self):
+        raise NotImplementedError
+
+    def table(self, begin):
+        scheduler, sampler = self.scheduler, self.sampler()
+        sampler.lower_order_final = self.config.lower_order_final and self._short()
+        sigmas = scheduler.sigmas.tolist()
+        if self.config.get("use_flow_sigmas"):
+            alpha, sigma = [1 - s for s in sigmas], sigmas
+        else:
+            alpha = [1 / math.sqrt(1 + s * s) for s in sigmas]
+            sigma = [s * a for s, a in zip(sigmas, alpha, strict=True)]
+        data = [_data(self.config.prediction_type, a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        grid = Grid(scheduler.timesteps.tolist(), alpha, sigma, [1.0] * len(sigmas), data)
+        rows = sampler.rows(grid.since(begin))
+        table = sampler.table(rows)
+        skipped = table.new_zeros(begin, table.shape[1])
+        return torch.cat([skipped, table]), [False] * begin + [row.sample.get("n", 0.0) != 0.0 for row in rows]
+
+    def _short(self):
+        return True
+
+    def _advance(self, model_output, timestep, sample, generator, noise, return_dict):
+        scheduler = self.scheduler
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+            count = self.sampler().history
+            self._first, self._past = scheduler.step_index, [torch.zeros_like(sample, dtype=torch.float32) for _ in range(count)]
+        table = self._prepare(sample.device, (self._first,))
+        result = self._step(model_output, sample, scheduler.step_index, noise, generator, table, self._past)
+        if self._past:
+            result, newest = result
+            self._past = [newest, *self._past[:-1]]
+        scheduler._step_index += 1
+        return _output_class(scheduler)(prev_sample=result) if return_dict else (result,)
+
+
+class _DPMSolver(_Multistep):
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self._require("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
+        self._require("euler_at_final", False, None)
+        self._require("variance_type", None)
+        if self.config.solver_order == 3 and self.config.algorithm_type.startswith("sde"):
+            raise ValueError("fuse_scheduler: sde-dpmsolver++ is served up to solver_order 2")
+
+    def sampler(self):
+        order = self.config.solver_order
+        return _bare(
+            DPMSolverMultistep, order=order, history=order - 1, solver=self.config.solver_type,
+            stochastic=self.config.algorithm_type.startswith("sde"),
+        )  # fmt: skip
+
+    def _short(self):
+        return len(self.scheduler.timesteps) < 15
+
+    def _noise(self, m, generator):
+        return randn_tensor(m.shape, generator=generator, device=m.device, dtype=torch.float32)
+
+    def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class _UniPC(_Multistep):
+    draws = False
+
+    def __init__(self, scheduler):
+        super().__init__(scheduler)
+        self._require("predict_x0", True)
+        self._require("solver_order", 1, 2)
+        self._require("solver_type", "bh1", "bh2")
+        self._require("solver_p", None)
+        if self.config.get("disable_corrector"):
+            raise ValueError("fuse_scheduler: disable_corrector must be empty")
+
+    def sampler(self):
+        return _bare(UniPC, order=self.config.solver_order, variant=self.config.solver_type)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        return self._advance(model_output, timestep, sample, None, None, return_dict)
+
+
+def _output_class(scheduler):
+    """What the original step returns under return_dict=True."""
+    module = sys.modules[type(scheduler).__module__]
+    own = type(scheduler).__name__ + "Output"
+    return getattr(module, own, None) or module.SchedulerOutput
+
+
+_KINDS = {
+    "DDPMScheduler": _DDPM,
+    "DDIMScheduler": _DDIM,
+    "EulerDiscreteScheduler": _Euler,
+    "EulerAncestralDiscreteScheduler": _EulerAncestral,
+    "DPMSolverMultistepScheduler": _DPMSolver,
+    "UniPCMultistepScheduler": _UniPC,
+}

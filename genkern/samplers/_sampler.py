@@ -1,0 +1,238 @@
+"""Sampler: from the rows of a subclass to a table, and the loop that calls the model and one fused step per evaluation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from genkern import random
+from genkern.ops.diffusion._sampler_step import _sampler_step
+from genkern.ops.diffusion._sampler_step_moments import guidance_moments, rescale_weight
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model evaluation is followed by, in coefficients of x, m, y, n, h1, h2 (missing ones are zero)."""
+
+    t: float  # what the model is told
+    scale: float  # of the model's input
+    data: tuple  # y = data[0] x + data[1] m
+    level: tuple  # alpha and sigma of x
+    sample: dict  # the next sample
+    history: dict = field(default_factory=lambda: {"y": 1.0})  # the next history term
+
+
+_TERMS = ("x", "m", "y", "n", "h1", "h2")
+
+
+class Sampler:
+    """A sampler of a schedule in `steps` steps.
+
+    schedule    Schedule, which also says what the model predicts
+    steps       number of steps; None where the points are given below
+    spacing, timesteps, sigmas, final, offset     which points of the schedule are visited: see Schedule.grid
+    clip        None, or the bound of |x_0| (pixel models: 1.0)
+
+    The tables are float64 on the host; a step computes in float32 (float64 samples: float64).
+    """
+
+    history = 0  # history terms of a step
+    exploding = False  # works on x_0 + sigma n
+    spare = 0  # points laid out beyond the last step
+    kinds = ("preserving", "flow", "edm")
+
+    def __init__(self, schedule, steps=20, *, spacing="trailing", timesteps=None, sigmas=None, final="zero", offset=0, clip=None):
+        name = type(self).__name__
+        if schedule.kind not in self.kinds:
+            raise ValueError(f"{name}: serves schedules that are {' or '.join(self.kinds)}, got {schedule.kind}")
+        self.schedule, self.clip = schedule, clip
+        self.grid = self._grid(
+            steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final=final, offset=offset,
+            spare=self.spare, exploding=self.exploding,
+        )  # fmt: skip
+
+    def _grid(self, steps, **options):
+        return self.schedule.grid(steps, **options)
+
+    def rows(self, grid):
+        """The Rows of all model evaluations over a Grid."""
+        raise NotImplementedError
+
+    def table(self, rows, guidance=None):
+        """float64 (evaluations, 13 + 2 history): the rows as ops.sampler_step reads them; guidance: one weight per row, or None."""
+        terms = _TERMS[: 4 + self.history]
+        result = []
+        for i, row in enumerate(rows):
+            g = 1.0 if guidance is None else guidance[i]
+            sample, history = ([row_of.get(term, 0.0) for term in terms] for row_of in (row.sample, row.history))
+            result.append([1 - g, g, *row.data, *sample, *history, rows[i + 1].scale if i + 1 < len(rows) else 1.0])
+        return torch.tensor(result, dtype=torch.float64)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable,
+        shape=None,
+        *,
+        key=None,
+        generator=None,
+        start=None,
+        image=None,
+        strength=1.0,
+        mask=None,
+        noise=None,
+        conditions=None,
+        unconditional=None,
+        guidance_scale=None,
+        guidance_interval=(0.0, 1.0),
+        guidance_rescale=0.0,
+        device=None,
+        dtype=torch.float32,
+        model_dtype=None,
+        callback=None,
+        progress=False,
+    ):
+        """Samples of the model's distribution, (N, ...) of type dtype.
+
+        model           called as model(x, t, **conditions) once per evaluation, x of model_dtype; t (samples of x,): int64 where all
+                        timesteps are integers, else float32 (float64 samples: float64). Returns a tensor, or something whose
+                        attribute `sample` it is
+        shape           (N, ...); or None where `start` or `image` gives it
+        key             int64 (2,), or (N, 2) for one stream per sample, which then does not depend on its batch. The same key gives
+                        the same samples on every device up to rounding. None: drawn from `generator` or torch's default one
+        start           the initial sample, already of the first point's noise
+        image, strength     noise is added to `image` (x_0) and the last `strength` part of the steps is taken (SDEdit; Meng et al.,
+                        2022)
+        mask            keeps `image` where it is 0 and samples where it is 1 (inpainting): after each step the rest is `image` with
+                        the noise of that point. Broadcasts to shape
+        noise           instead of draws: noise(i) returns the noise of evaluation i
+        conditions      keyword arguments of the model
+        unconditional   those without the condition: tensors of both are concatenated, (unconditional, conditional). None under
+                        guidance: `conditions` are already doubled
+        guidance_scale  None, or g of m = u + g (c - u) (classifier-free guidance): the model is called on a doubled batch
+        guidance_interval   the part of the steps that is guided (Kynkaanniemi et al., 2024); outside g is 1
+        guidance_rescale    the part by which m is brought to the deviation of c (Lin et al., 2023, eq. 15, 16), per sample
+        dtype, model_dtype  of the state and of the model's inputs (default: the same)
+        callback        called as callback(evaluation, t, x) after each step; x is overwritten by the next one
+        progress        a progress bar; needs tqdm
+        """
+        name = type(self).__name__
+        given = start if start is not None else image
+        if shape is None:
+            if given is None:
+                raise ValueError(f"{name}.sample: give shape, start or image")
+            shape = given.shape
+        shape = torch.Size(shape)
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name}.sample: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
+        if mask is not None and (image is None or start is not None):
+            raise ValueError(f"{name}.sample: mask needs image, and no start")
+        if not 0 < strength <= 1:
+            raise ValueError(f"{name}.sample: strength must be in (0, 1], got {strength}")
+        if unconditional is not None and guidance_scale is None:
+            raise ValueError(f"{name}.sample: unconditional needs guidance_scale")
+        device = torch.device(device if device is not None else "cpu" if given is None else given.device)
+        begin = len(self.grid) - max(1, round(len(self.grid) * strength)) if image is not None else 0
+        grid = self.grid.since(begin)
+        rows = self.rows(grid)
+        noisy = [row.sample.get("n", 0.0) != 0.0 for row in rows]
+
+        keys = None
+        if start is None or (any(noisy) and noise is None):
+            key = random.draw_key(generator) if key is None else key
+            keys = random.split(key, len(rows) + 1)
+            keys = keys if keys.dim() == 2 else keys.transpose(0, 1).contiguous()  # (evaluations + 1[, N], 2)
+            keys = keys.to(device) if keys.dim() == 3 or keys.device.type != "cpu" else keys
+        x = self._initial(grid, shape, start, image, keys, device, dtype)
+        if mask is not None:
+            mask, image = mask.to(device, dtype), image.to(device, dtype)
+            levels = [*(row.level for row in rows[1:]), (grid.alpha[-1], grid.sigma[-1])]
+            first_noise = random.normal(keys[0], shape, dtype=dtype, device=device)
+        model_dtype = model_dtype or dtype
+        if (model_dtype == torch.float64) != (dtype == torch.float64):
+            raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
+        clip = math.inf if self.clip is None else float(self.clip)
+        guided = guidance_scale is not None
+        doubled = (shape[0] * (1 + guided), *shape[1:])
+        conditions = self._conditions(conditions or {}, unconditional)
+        weights = guided and [
+            float(guidance_scale) if guidance_interval[0] <= i / len(rows) <= guidance_interval[1] else 1.0 for i in range(len(rows))
+        ]
+        table = self.table(rows, weights or None).to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
+        times = torch.tensor([row.t for row in rows], dtype=torch.float64)
+        times = times.long() if (times == times.round()).all() else times if dtype == torch.float64 else times.float()
+        times = times[:, None].expand(-1, doubled[0]).to(device)
+        history = [torch.zeros_like(x) for _ in range(self.history)]  # the latest first
+        scaled = (x * rows[0].scale).to(model_dtype)
+        model_input = torch.cat([scaled, scaled]) if guided else scaled.clone() if scaled is x else scaled
+
+        samples = torch.arange(shape[0], device=x.device)
+        for i in _progress(range(len(rows)), progress, name):
+            m = model(model_input, times[i], **conditions)
+            m = m if isinstance(m, torch.Tensor) else m.sample
+            if m.shape != doubled or m.device != x.device:
+                got = f"{tuple(m.shape)} on {m.device}"
+                raise ValueError(f"{name}.sample: the model must return {tuple(doubled)} on {x.device}, got {got}")
+            m = m if (m.dtype == torch.float64) == (dtype == torch.float64) else m.to(dtype)
+            given = draw = None
+            if noisy[i] and noise is None:
+                draw = keys[i + 1]
+            elif noisy[i]:
+                given = noise(i).to(x)
+            last = i + 1 == len(rows)
+            chosen, steps = table, None
+            if guided and guidance_rescale:
+                chosen, steps = self._rescaled(table[i], m, guidance_rescale), samples
+            # What ops.sampler_step would check holds by construction.
+            _sampler_step(
+                x, m, chosen, steps, 0 if steps is not None else i, *(*history, None, None)[:2], given, draw, clip, x,
+                history[-1] if history else None, None if last else model_input,
+            )  # fmt: skip
+            history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one
+            if mask is not None:
+                alpha, sigma = levels[i]
+                x.mul_(mask).add_((alpha * image + sigma * first_noise) * (1 - mask))
+                if not last:
+                    model_input.copy_((x * rows[i + 1].scale).repeat(1 + guided, *(1,) * (x.dim() - 1)))
+            if callback is not None:
+                callback(i, times[i], x)
+        return x
+
+    def _initial(self, grid, shape, start, image, keys, device, dtype):
+        if start is not None:
+            return start.to(device, dtype, copy=True).contiguous()
+        noise = random.normal(keys[0], shape, dtype=dtype, device=device)
+        if image is not None:
+            return (grid.alpha[0] * image.to(device, dtype) + grid.sigma[0] * noise).contiguous()
+        # Without x_0 the noise takes its place: a variance of 1 in a preserving schedule, of sigma^2 in the others.
+        level = grid.sigma[0] if self.schedule.kind != "preserving" else 1 / grid.scale[0]
+        return noise.mul_(level)
+
+    @staticmethod
+    def _rescaled(row, m, rescale):
+        """The row of the table once per sample, with the guidance weights of that sample."""
+        weight = rescale_weight(guidance_moments(m), row[0], row[1], rescale, m.shape[1:].numel())
+        table = row.repeat(m.shape[0] // 2, 1)
+        table[:, :2] *= weight[:, None]
+        return table
+
+    @staticmethod
+    def _conditions(conditions, unconditional):
+        if unconditional is None:
+            return conditions
+        if set(conditions) != set(unconditional):
+            raise ValueError(
+                f"sample: conditions and unconditional must have the same names, got {set(conditions) ^ set(unconditional)}"
+            )
+        return {n: torch.cat([unconditional[n], c]) if isinstance(c, torch.Tensor) else c for n, c in conditions.items()}
+
+
+def _progress(steps, wanted, name):
+    if not wanted:
+        return steps
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    return tqdm(steps, desc=name)

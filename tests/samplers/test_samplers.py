@@ -1,0 +1,323 @@
+"""Samplers on Gaussian data, whose score and whose probability-flow ODE have closed forms; closed formulas of steps; the loop."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from genkern import random
+from genkern.samplers import (
+    DDIM,
+    DDPM,
+    LCM,
+    DPMSolverMultistep,
+    Euler,
+    EulerAncestral,
+    FlowMatchEuler,
+    FlowMatchHeun,
+    Heun,
+    Schedule,
+    UniPC,
+)  # fmt: skip
+
+MEAN, STD = 0.7, 0.4  # of the data
+PRESERVING, EDM, FLOW = Schedule.scaled_linear(), Schedule.edm(sigma_max=20.0), Schedule.flow(shift=2.0)
+
+
+def level(schedule, t):
+    """(alpha, sigma) of what the model is told."""
+    t = float(t)
+    if schedule.kind == "edm":
+        return 1.0, math.exp(4 * t) if schedule.prediction == "edm" else t
+    if schedule.kind == "flow":
+        return 1 - t / schedule.timesteps, t / schedule.timesteps
+    bar = schedule.alphas_cumprod
+    if t == int(t):
+        return math.sqrt(bar[int(t)]), math.sqrt(1 - bar[int(t)])
+    ratio = math.exp(np.interp(t, np.arange(len(bar)), np.log(np.sqrt((1 - bar) / bar))))
+    return 1 / math.sqrt(1 + ratio**2), ratio / math.sqrt(1 + ratio**2)
+
+
+def exact_model(schedule):
+    """The model of N(MEAN, STD^2) data that predicts what the schedule says, without error."""
+
+    def model(x, t):
+        alpha, sigma = level(schedule, t[0])
+        scale = 1 / math.sqrt(sigma**2 + schedule.sigma_data**2) if schedule.prediction == "edm" else 1.0
+        x = x / scale
+        noise = sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        data = (x - sigma * noise) / alpha if alpha else torch.full_like(x, MEAN)
+        if schedule.prediction == "edm":
+            total, d = sigma**2 + schedule.sigma_data**2, schedule.sigma_data
+            return (data - d**2 / total * x) * math.sqrt(total) / (sigma * d)
+        return {
+            "epsilon": noise, "sample": data, "v_prediction": alpha * noise - sigma * data, "flow": noise - data,
+        }[schedule.prediction]  # fmt: skip
+
+    return model
+
+
+def ode_error(make, schedule, steps):
+    """Distance of the sampler from the exact solution of the probability-flow ODE."""
+    sampler = make(schedule, steps)
+    grid = sampler.grid
+    start = torch.tensor([[-1.0], [0.3], [1.4]], dtype=torch.float64) * max(1.0, grid.sigma[0])
+    deviation = [math.sqrt(a**2 * STD**2 + s**2) for a, s in zip(grid.alpha, grid.sigma, strict=True)]
+    exact = grid.alpha[-1] * MEAN + deviation[-1] / deviation[0] * (start - grid.alpha[0] * MEAN)
+    got = sampler.sample(exact_model(schedule), start=start, dtype=torch.float64)
+    return (got - exact).abs().max().item()
+
+
+SMOOTH = dict(sigmas="exponential", final="first")  # ends where the noise is small, in equal steps of lambda
+
+
+@pytest.mark.parametrize(
+    "make, schedule, order",
+    [
+        (functools.partial(DDIM, **SMOOTH), PRESERVING, 1),
+        (functools.partial(Euler, **SMOOTH), PRESERVING, 1),
+        (Euler, EDM, 1),
+        (functools.partial(Heun, **SMOOTH), PRESERVING, 2),
+        (Heun, EDM, 2),
+        (FlowMatchEuler, FLOW, 1),
+        (FlowMatchHeun, FLOW, 2),
+        (functools.partial(DPMSolverMultistep, order=1, **SMOOTH), PRESERVING, 1),
+        (functools.partial(DPMSolverMultistep, order=2, **SMOOTH), PRESERVING, 2),
+        (functools.partial(DPMSolverMultistep, order=2, solver="heun", **SMOOTH), PRESERVING, 2),
+        (functools.partial(DPMSolverMultistep, order=3, **SMOOTH), PRESERVING, 2),  # see its docstring
+        (functools.partial(UniPC, order=1, **SMOOTH), PRESERVING, 2),
+        (functools.partial(UniPC, order=2, **SMOOTH), PRESERVING, 3),
+        (functools.partial(UniPC, order=2, variant="bh1", **SMOOTH), PRESERVING, 3),
+    ],
+)
+def test_order_of_convergence(make, schedule, order):
+    errors = [ode_error(make, schedule, n) for n in (40, 80, 160)]
+    assert math.log2(errors[1] / errors[2]) > order - 0.25, errors
+
+
+def test_higher_orders_of_dpm_solver_are_more_precise():
+    errors = [ode_error(functools.partial(DPMSolverMultistep, order=k, **SMOOTH), PRESERVING, 40) for k in (1, 2, 3)]
+    assert errors[0] > 3 * errors[1] and errors[1] > 2 * errors[2], errors
+
+
+@pytest.mark.parametrize(
+    "sampler, tolerance",
+    [
+        (DDPM(PRESERVING, 200), 0.02),
+        (DDIM(PRESERVING, 200, eta=1.0), 0.02),
+        (EulerAncestral(PRESERVING, 200), 0.03),
+        (DPMSolverMultistep(PRESERVING, 80, stochastic=True), 0.02),
+        (DPMSolverMultistep(PRESERVING, 80, stochastic=True, order=3), 0.02),
+        (UniPC(FLOW, 20), 0.02),
+        (DPMSolverMultistep(EDM, 20), 0.02),
+        (Euler(EDM, 100), 0.02),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_distribution_of_the_samples(sampler, tolerance):
+    x = sampler.sample(exact_model(sampler.schedule), (1, 20000), key=random.key(0))
+    assert abs(x.mean().item() - MEAN) < tolerance and abs(x.std().item() - STD) < tolerance
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_predictions_agree(prediction):
+    """The same data distribution, whatever the model predicts: the same sample."""
+    start = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = DPMSolverMultistep(PRESERVING, 10).sample(exact_model(PRESERVING), start=start, dtype=torch.float64)
+    schedule = Schedule.scaled_linear(prediction=prediction)
+    got = DPMSolverMultistep(schedule, 10).sample(exact_model(schedule), start=start, dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+# ---- closed formulas
+
+
+def one_step(sampler, x, m, n):
+    """The first step from x with model output m and noise n."""
+    seen = []
+    sampler.sample(lambda *_: m, start=x, noise=lambda i: n, dtype=torch.float64, callback=lambda i, t, x: seen.append(x.clone()))
+    return seen[0]
+
+
+def test_steps_by_their_papers():
+    x, m, n = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    bar = PRESERVING.alphas_cumprod
+    now, before = bar[999], bar[899]
+    data = (x - math.sqrt(1 - now) * m) / math.sqrt(now)
+    beta, alpha = 1 - now / before, now / before
+    mean = math.sqrt(before) * beta / (1 - now) * data + math.sqrt(alpha) * (1 - before) / (1 - now) * x  # Ho et al., eq. 7
+    torch.testing.assert_close(one_step(DDPM(PRESERVING, 10), x, m, n), mean + math.sqrt((1 - before) / (1 - now) * beta) * n)
+    torch.testing.assert_close(one_step(DDPM(PRESERVING, 10, variance="large"), x, m, n), mean + math.sqrt(beta) * n)
+    clipped = one_step(DDPM(PRESERVING, 10, clip=1.0), x, m, n) - one_step(DDPM(PRESERVING, 10), x, m, n)
+    torch.testing.assert_close(clipped, math.sqrt(before) * beta / (1 - now) * (data.clamp(-1, 1) - data))
+
+    d = 0.5 * math.sqrt((1 - before) / (1 - now) * (1 - now / before))  # Song et al., eq. 12 and 16
+    ddim = math.sqrt(before) * data + math.sqrt(1 - before - d**2) * m + d * n
+    torch.testing.assert_close(one_step(DDIM(PRESERVING, 10, eta=0.5), x, m, n), ddim)
+
+    torch.testing.assert_close(one_step(FlowMatchEuler(Schedule.flow(), 4), x, m, n), x - 0.25 * m)
+    torch.testing.assert_close(one_step(FlowMatchEuler(Schedule.flow(), 4, stochastic=True), x, m, n), 0.25 * (x - m) + 0.75 * n)
+
+
+def test_schedules():
+    torch.testing.assert_close(Schedule.linear(10, 0.1, 0.2).alphas_cumprod, np.cumprod(1 - np.linspace(0.1, 0.2, 10)))
+    cosine = Schedule.cosine(100).alphas_cumprod
+    assert cosine[49] == pytest.approx((math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2)
+    zero = Schedule.linear(prediction="v_prediction", zero_snr=True).alphas_cumprod
+    assert zero[-1] == 0 and zero[0] == pytest.approx(Schedule.linear().alphas_cumprod[0])
+    assert [g.t for g in (PRESERVING.grid(4, spacing=s) for s in ("trailing", "leading", "linspace"))] == [
+        [999, 749, 499, 249], [750, 500, 250, 0], [999, 666, 333, 0],
+    ]  # fmt: skip
+    assert all(PRESERVING.grid(n).t[-1] >= 0 and len(PRESERVING.grid(n)) == n for n in (242, 466, 970, 998))
+    assert FLOW.grid(4).sigma == [1.0, pytest.approx(6 / 7), pytest.approx(2 / 3), pytest.approx(0.4), 0.0]
+    karras = PRESERVING.grid(5, sigmas="karras")
+    roots = np.diff([(s / a) ** (1 / 7) for a, s in zip(karras.alpha[:-1], karras.sigma[:-1], strict=True)])
+    np.testing.assert_allclose(roots, roots[0])
+
+
+def test_beta_spacing():
+    stats = pytest.importorskip("scipy.stats")
+    grid = PRESERVING.grid(9, sigmas="beta")
+    ratios = np.array(grid.sigma[:-1]) / np.array(grid.alpha[:-1])
+    u = (ratios - ratios[-1]) / (ratios[0] - ratios[-1])
+    np.testing.assert_allclose(u, stats.beta.ppf(np.linspace(1, 0, 9), 0.6, 0.6), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolverMultistep, UniPC])
+def test_pure_noise_start(make):
+    """Zero terminal signal-to-noise ratio: finite, and close to a start just before it."""
+    schedule = Schedule.scaled_linear(prediction="v_prediction", zero_snr=True)
+    x = make(schedule, 20).sample(exact_model(schedule), (2, 3), key=random.key(1))
+    assert x.isfinite().all()
+    with pytest.raises(ValueError, match="zero_snr"):
+        make(Schedule.scaled_linear(zero_snr=True), 20)
+
+
+@pytest.mark.parametrize("make", [DPMSolverMultistep, functools.partial(DPMSolverMultistep, order=3), UniPC])
+def test_equal_last_sigmas(make):
+    x = make(PRESERVING, 20, sigmas="karras", final="first").sample(exact_model(PRESERVING), (2, 3), key=random.key(1))
+    assert x.isfinite().all()
+
+
+# ---- the loop
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, t, context):
+        assert t.shape == x.shape[:1] and t.dtype == torch.int64
+        return self.linear(x) + context * t[:, None] / 1000
+
+
+def test_guidance_is_a_doubled_batch():
+    torch.manual_seed(0)
+    net, context, start = Net(), torch.randn(3, 4), torch.randn(3, 4)
+    for make in (DDIM, DPMSolverMultistep, UniPC, Euler):
+        sampler = make(PRESERVING, 6)
+        got = sampler.sample(
+            net, start=start, conditions={"context": context}, unconditional={"context": torch.zeros(3, 4)}, guidance_scale=3.0
+        )
+        mixed = lambda x, t: net(x, t, torch.zeros(3, 4)) + 3.0 * (net(x, t, context) - net(x, t, torch.zeros(3, 4)))
+        torch.testing.assert_close(got, sampler.sample(mixed, start=start), rtol=1e-4, atol=1e-4)
+        doubled = {"context": torch.cat([torch.zeros(3, 4), context])}
+        assert torch.equal(got, sampler.sample(net, start=start, conditions=doubled, guidance_scale=3.0))
+        off = sampler.sample(net, start=start, conditions=doubled, guidance_scale=3.0, guidance_interval=(0.5, 0.4))
+        torch.testing.assert_close(off, sampler.sample(net, start=start, conditions={"context": context}), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_rescale():
+    torch.manual_seed(0)
+    net, contexts, start = Net(), torch.randn(6, 4), torch.randn(3, 4)
+
+    def rescaled(x, t):
+        u, c = net(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        m = u + 5.0 * (c - u)
+        return m * (0.7 * c.std(1, keepdim=True) / m.std(1, keepdim=True) + 0.3)
+
+    sampler = DPMSolverMultistep(PRESERVING, 5)
+    got = sampler.sample(net, start=start, conditions={"context": contexts}, guidance_scale=5.0, guidance_rescale=0.7)
+    torch.testing.assert_close(got, sampler.sample(rescaled, start=start), rtol=1e-4, atol=1e-4)
+
+
+def test_keys_per_sample_do_not_depend_on_the_batch():
+    sampler, model = EulerAncestral(PRESERVING, 5), exact_model(PRESERVING)
+    keys = random.split(random.key(2), 3)
+    together = sampler.sample(model, (3, 7), key=keys)
+    for i in range(3):
+        torch.testing.assert_close(sampler.sample(model, (1, 7), key=keys[i : i + 1]), together[i : i + 1])
+
+
+def test_image_to_image_takes_the_last_steps():
+    image, model, seen = torch.full((2, 5), MEAN), exact_model(PRESERVING), []
+    sampler = DPMSolverMultistep(PRESERVING, 10)
+    sampler.sample(model, image=image, strength=0.3, key=random.key(0), callback=lambda i, t, x: seen.append(int(t[0])))
+    assert seen == [int(t) for t in sampler.grid.t[-3:]]
+    kept = sampler.sample(model, image=image, strength=0.1, key=random.key(0))
+    assert (kept - image).abs().max() < 1.0
+
+
+@pytest.mark.parametrize("make", [DDIM, EulerAncestral, DPMSolverMultistep, Heun])
+def test_inpainting_keeps_the_image_outside_the_mask(make):
+    image, mask = torch.linspace(-1, 1, 5).expand(2, 5), torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0])
+    inputs, sampler = [], make(PRESERVING, 8)
+    exact = exact_model(PRESERVING)
+
+    def model(x, t):
+        inputs.append(x.clone())
+        return exact(x, t)
+
+    x = sampler.sample(model, image=image, mask=mask, key=random.key(0))
+    torch.testing.assert_close(x * (1 - mask), image * (1 - mask))
+    assert ((x - image).abs() * mask > 1e-3).any()
+    rows, n = sampler.rows(sampler.grid), random.normal(random.split(random.key(0), len(inputs) + 1)[0], image.shape)
+    for row, given in zip(rows, inputs, strict=True):
+        noisy = row.scale * (row.level[0] * image + row.level[1] * n)
+        torch.testing.assert_close(given * (1 - mask), noisy * (1 - mask), rtol=1e-4, atol=1e-4)
+
+
+def test_low_precision_models_and_no_gradients():
+    start = torch.randn(2, 6)
+    seen = []
+    net = torch.nn.Linear(6, 6)
+
+    def model(x, t):
+        seen.append(x.dtype)
+        return net(x.float()).to(x.dtype)
+
+    x = DDIM(PRESERVING, 4).sample(model, start=start, model_dtype=torch.bfloat16)
+    assert x.dtype == torch.float32 and set(seen) == {torch.bfloat16} and not x.requires_grad
+    assert torch.equal(start, start.clone()) and x is not start
+
+
+def test_torch_seed_rules_without_a_key():
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        outputs.append(DDPM(PRESERVING, 4).sample(exact_model(PRESERVING), (2, 3)))
+    assert torch.equal(*outputs)
+
+
+def test_refusals():
+    model = exact_model(PRESERVING)
+    for error, call in [
+        (ValueError, lambda: Euler(FLOW)),
+        (ValueError, lambda: FlowMatchEuler(PRESERVING)),
+        (ValueError, lambda: DDIM(PRESERVING, 0)),
+        (ValueError, lambda: DDIM(PRESERVING, 2000)),
+        (ValueError, lambda: DDIM(PRESERVING, spacing="none")),
+        (ValueError, lambda: DDIM(PRESERVING, timesteps=[1, 2])),
+        (ValueError, lambda: LCM(PRESERVING, 60)),
+        (ValueError, lambda: Schedule([0.5, 0.6])),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model)),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), strength=0.0)),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), unconditional={})),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), mask=torch.ones(3))),
+        (ValueError, lambda: DDIM(PRESERVING).sample(lambda x, t: x[:1], (2, 3))),
+    ]:
+        with pytest.raises(error):
+            call()
