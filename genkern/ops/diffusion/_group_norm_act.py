@@ -89,6 +89,7 @@ _op = Op(
     reference=_reference,
     fake=_fake,
     differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
+    eager_below=1 << 16,
 )
 
 
