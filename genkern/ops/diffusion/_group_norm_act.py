@@ -89,7 +89,6 @@ _op = Op(
     reference=_reference,
     fake=_fake,
     differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
-    eager_below=1 << 16,
 )
 
 
