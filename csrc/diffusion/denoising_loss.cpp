@@ -32,8 +32,8 @@ Tensor denoising_loss(Tensor prediction, Tensor x0, Tensor alpha, Tensor sigma, 
   const Rows p(prediction), x(x0);
   const int64_t n = p.shape().rows;
   Tensor loss = torch::stable::new_empty(prediction, {n}, sum_type(prediction.scalar_type()));
-  run_rows(DenoisingLoss{{}, target_of(target)}, p.shape(), {p.array(), x.array()}, {per_row(alpha), per_row(sigma), per_row(weight)},
-           {}, {per_row(loss)}, prediction, keys_of(key));
+  run_rows(DenoisingLoss{{}, target_of(target)}, p.shape(), {p.array(), x.array()},
+           {per_row(alpha), per_row(sigma), per_row(weight)}, {}, {per_row(loss)}, prediction, keys_of(key));
   return loss;
 }
 
@@ -43,8 +43,8 @@ std::vector<Tensor> denoising_loss_backward(Tensor grad, Tensor prediction, Tens
   Tensor grad_prediction = torch::stable::new_empty(prediction, prediction.sizes());
   Tensor grad_x0 = torch::stable::new_empty(x0, x0.sizes());
   run_rows(DenoisingLossBackward{{}, target_of(target)}, p.shape(), {p.array(), x.array()},
-           {per_row(alpha), per_row(sigma), per_row(weight), per_row(grad)}, {Rows(grad_prediction).array(), Rows(grad_x0).array()}, {},
-           prediction, keys_of(key));
+           {per_row(alpha), per_row(sigma), per_row(weight), per_row(grad)}, {Rows(grad_prediction).array(), Rows(grad_x0).array()},
+           {}, prediction, keys_of(key));
   return {grad_prediction, grad_x0};
 }
 

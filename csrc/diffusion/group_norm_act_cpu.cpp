@@ -1,6 +1,6 @@
-// group_norm_act on the CPU: one group of one sample at a time, in tiles that stay in L1. The statistics take each tile's own mean as
-// origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The backward
-// pass makes the statistics again, adds up three numbers per channel, and from those writes the gradients.
+// group_norm_act on the CPU: one group of one sample at a time, in tiles that stay in L1. The statistics take each tile's own mean
+// as origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The
+// backward pass makes the statistics again, adds up three numbers per channel, and from those writes the gradients.
 #include "group_norm_act.h"
 
 namespace gk {
@@ -18,8 +18,10 @@ GK_FN V load_part(const Scalar<V>* p, int count) {
 }
 template <class V>
 GK_FN void store_part(Scalar<V>* p, V x, int count) {
-  if (count == Lane<V>::kCount) store(p, x);
-  else store_first(p, x, count);
+  if (count == Lane<V>::kCount)
+    store(p, x);
+  else
+    store_first(p, x, count);
 }
 template <class V, class F>
 GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a constant but for the last call
@@ -93,16 +95,17 @@ struct Group {
     const S* v = nullptr;
     each_input(at, n, job.x, job.x2, [&](const Array& a, int64_t column, int64_t i, int64_t count) {
       const S* piece = read(a, sample, column, count, buffer + i);
-      if (count == n) v = piece;
-      else if (piece != buffer + i) std::copy(piece, piece + count, buffer + i);
+      if (count == n)
+        v = piece;
+      else if (piece != buffer + i)
+        std::copy(piece, piece + count, buffer + i);
     });
     if (v == nullptr) v = buffer;
     if (job.pre_bias.data == nullptr) return v;
     each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
       const V pre = splat<V>(number<S>(job.pre_bias, row(channel), 0));
-      each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
-        store_part(buffer + start + i, load_part<V>(v + start + i, k) + pre, k);
-      });
+      each_vector<V>(count,
+                     [&](int64_t i, int k) GK_INLINE { store_part(buffer + start + i, load_part<V>(v + start + i, k) + pre, k); });
     });
     return buffer;
   }
@@ -212,8 +215,10 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       const Statistics<S> s(group, buffer);
       const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
       const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
-        if constexpr (kSilu) return dy * silu_derivative(fma(a, u, b));
-        else return dy;
+        if constexpr (kSilu)
+          return dy * silu_derivative(fma(a, u, b));
+        else
+          return dy;
       };
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
@@ -266,8 +271,10 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         });
         group.each_input(at, n, d.x, d.x2, [&](const Array& to, int64_t column, int64_t i, int64_t count) {
           S* direct = place(to, group.sample, column, out + i);
-          if (direct != out + i) std::copy(out + i, out + i + count, direct);
-          else write(to, group.sample, column, out + i, count);
+          if (direct != out + i)
+            std::copy(out + i, out + i + count, direct);
+          else
+            write(to, group.sample, column, out + i, count);
         });
       });
       if (d.pre_bias.data)
