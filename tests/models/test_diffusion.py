@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -101,6 +103,28 @@ def test_noise_per_sample_does_not_depend_on_the_batch():
     keys = random.split(random.key(2), 6)
     parts = [model(x[i : i + 1], labels=labels[i : i + 1], key=keys[i : i + 1]).loss for i in range(6)]
     torch.testing.assert_close(model(x, labels=labels, key=keys).loss, torch.stack(parts).mean())
+
+
+def test_compiles_in_one_graph():
+    model, (x, labels), key = small(blocks=1, resolutions=1), images(4), random.key(3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, labels=labels, key=key).loss, model(x, labels=labels, key=key).loss)
+
+
+def test_trains_under_autocast():
+    model, (x, labels), key = small(), images(4), random.key(3)
+    exact = model(x, labels=labels, key=key).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x, labels=labels, key=key).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+
+
+def test_fits_a_data_set():
+    config = DDPM.config_for(SimpleNamespace(shape=(1, 8, 8), levels=16, classes=10), width=16)
+    assert (config.size, config.levels, config.classes, config.width) == (8, 16, 10, 16)
+    assert DDPM.training.ema is not None and DDPM.conditions == ("labels",)
 
 
 def test_save_and_load(tmp_path):
