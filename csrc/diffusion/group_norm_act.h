@@ -12,7 +12,7 @@ struct GroupNorm {               // trivially copyable, so that it can be a CUDA
   int64_t samples, channels, channels_of_x, pixels, groups;
   double eps;
   bool silu;
-  int64_t channels_per_group() const { return channels / groups; }
+  GK_FN int64_t channels_per_group() const { return channels / groups; }
 };
 
 struct GroupNormGradients {  // data null: the argument is absent
