@@ -1,24 +1,24 @@
-// group_norm_act: y = act((norm(x + pre_bias) * weight + bias) * (1 + scale) + shift), norm over the elements of a group of channels
-// of one sample (Wu & He, 2018). x may lie in two tensors that follow each other along the channels.
+// group_norm_act: y = act((norm(x + pre_bias) * weight + bias) * (1 + scale) + shift), norm over the elements of a group of
+// channels of one sample (Wu & He, 2018). x may lie in two tensors that follow each other along the channels.
 #pragma once
 #include "rows.h"
 
 namespace gk {
 
-struct GroupNorm {            // trivially copyable, so that it can be a CUDA kernel's argument
-  Array x, x2, y;             // one row per sample: channels * pixels elements; x2.data null: x holds all channels
-  Array weight, bias;         // (channels,); data null: absent
+struct GroupNorm {               // trivially copyable, so that it can be a CUDA kernel's argument
+  Array x, x2, y;                // one row per sample: channels * pixels elements; x2.data null: x holds all channels
+  Array weight, bias;            // (channels,); data null: absent
   Array pre_bias, scale, shift;  // (samples, channels); data null: absent
   int64_t samples, channels, channels_of_x, pixels, groups;
   double eps;
   bool silu;
-  int64_t channels_per_group() const { return channels / groups; }
+  GK_FN int64_t channels_per_group() const { return channels / groups; }
 };
 
 struct GroupNormGradients {  // data null: the argument is absent
   Array grad;                // of y; contiguous like all below
   Array x, x2, weight, bias, pre_bias, scale, shift;
-  double* sums;              // [3][samples, channels]: of dz, of dz * xhat, of xhat; dz is the gradient before the activation
+  double* sums;  // [3][samples, channels]: of dz, of dz * xhat, of xhat; dz is the gradient before the activation
 };
 
 template <class V>
@@ -34,8 +34,9 @@ inline ScalarType group_norm_type(const Tensor& x, const MaybeTensor& x2) {
 // The tensors of one call, kept alive, and the job that points into them.
 class GroupNormCall {
  public:
-  GroupNormCall(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& pre_bias,
-                const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps, bool silu) {
+  GroupNormCall(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias,
+                const MaybeTensor& pre_bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
+                bool silu) {
     const Rows first(x);
     keep_.push_back(first);
     job.x = first.array();
@@ -48,7 +49,8 @@ class GroupNormCall {
       job.x2 = keep_.back().array();
       job.channels += x2->size(1);
     }
-    job.weight = flat(weight), job.bias = flat(bias), job.pre_bias = flat(pre_bias), job.scale = flat(scale), job.shift = flat(shift);
+    job.weight = flat(weight), job.bias = flat(bias), job.pre_bias = flat(pre_bias), job.scale = flat(scale),
+    job.shift = flat(shift);
     job.groups = groups, job.eps = eps, job.silu = silu;
   }
   GroupNorm job{};
@@ -91,8 +93,8 @@ void group_norm_forward(const GroupNorm& job, const Tensor& like);
 template <class S>
 void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like);
 
-inline Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
-                             MaybeTensor shift, int64_t groups, double eps, bool silu) {
+inline Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
+                             MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu) {
   GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
   const auto sizes = x.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());

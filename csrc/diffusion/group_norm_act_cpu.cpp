@@ -1,6 +1,6 @@
-// group_norm_act on the CPU: one group of one sample at a time, in tiles that stay in L1. The statistics take each tile's own mean as
-// origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The backward
-// pass makes the statistics again, adds up three numbers per channel, and from those writes the gradients.
+// group_norm_act on the CPU: one group of one sample at a time, in tiles that stay in L1. The statistics take each tile's own mean
+// as origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The
+// backward pass makes the statistics again, adds up three numbers per channel, and from those writes the gradients.
 #include "group_norm_act.h"
 
 namespace gk {
@@ -10,6 +10,7 @@ template <class S>
 using VectorOf = typename Vector<S>::type;
 template <class S>
 constexpr int64_t kGroupTile = 64 * Lane<VectorOf<S>>::kCount;
+constexpr int64_t kKept = 1 << 16;  // the backward pass keeps dz of a group of so many elements, and of larger ones makes it again
 
 template <class V>
 GK_FN V load_part(const Scalar<V>* p, int count) {
@@ -17,8 +18,10 @@ GK_FN V load_part(const Scalar<V>* p, int count) {
 }
 template <class V>
 GK_FN void store_part(Scalar<V>* p, V x, int count) {
-  if (count == Lane<V>::kCount) store(p, x);
-  else store_first(p, x, count);
+  if (count == Lane<V>::kCount)
+    store(p, x);
+  else
+    store_first(p, x, count);
 }
 template <class V, class F>
 GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a constant but for the last call
@@ -28,10 +31,17 @@ GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a 
   if (i < n) f(i, static_cast<int>(n - i));
 }
 GK_FN double sum_of(double x) { return x; }
-GK_FN double sum_of(lane_f32 x) {  // as sum_lanes, in four chains: rows may be short, and this then takes much of the time
-  double total[4] = {};
-  for (int i = 0; i < kLanes; i++) total[i % 4] += static_cast<double>(x[i]);
-  return (total[0] + total[1]) + (total[2] + total[3]);
+GK_FN double sum_of(lane_f32 x) {  // in a tree: rows may be short, and sum_lanes' one chain then takes much of the time
+  typedef double all __attribute__((vector_size(8 * kLanes)));
+  typedef double half __attribute__((vector_size(4 * kLanes)));
+  const all wide = __builtin_convertvector(x, all);
+  half low, high;
+  memcpy(&low, &wide, sizeof(half));
+  memcpy(&high, reinterpret_cast<const char*>(&wide) + sizeof(half), sizeof(half));
+  low += high;
+  double total[2] = {};
+  for (int i = 0; i < kLanes / 2; i++) total[i % 2] += low[i];
+  return total[0] + total[1];
 }
 #define GK_INLINE __attribute__((always_inline))
 
@@ -85,16 +95,17 @@ struct Group {
     const S* v = nullptr;
     each_input(at, n, job.x, job.x2, [&](const Array& a, int64_t column, int64_t i, int64_t count) {
       const S* piece = read(a, sample, column, count, buffer + i);
-      if (count == n) v = piece;
-      else if (piece != buffer + i) std::copy(piece, piece + count, buffer + i);
+      if (count == n)
+        v = piece;
+      else if (piece != buffer + i)
+        std::copy(piece, piece + count, buffer + i);
     });
     if (v == nullptr) v = buffer;
     if (job.pre_bias.data == nullptr) return v;
     each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
       const V pre = splat<V>(number<S>(job.pre_bias, row(channel), 0));
-      each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
-        store_part(buffer + start + i, load_part<V>(v + start + i, k) + pre, k);
-      });
+      each_vector<V>(count,
+                     [&](int64_t i, int k) GK_INLINE { store_part(buffer + start + i, load_part<V>(v + start + i, k) + pre, k); });
     });
     return buffer;
   }
@@ -197,13 +208,17 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   std::fill(d.sums, d.sums + 3 * rows, 0.0);
   over_groups(job, [&](int64_t begin, int64_t end) {
     alignas(64) S buffer[kGroupTile<S>], grad_buffer[kGroupTile<S>], out[kGroupTile<S>];
+    const bool keep = kSilu && per_group * job.pixels <= kKept;
+    std::vector<S> kept(static_cast<size_t>(keep ? per_group * job.pixels : 0));
     for (int64_t index = begin; index < end; index++) {
       const Group<S> group(job, index);
       const Statistics<S> s(group, buffer);
       const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
       const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
-        if constexpr (kSilu) return dy * silu_derivative(fma(a, u, b));
-        else return dy;
+        if constexpr (kSilu)
+          return dy * silu_derivative(fma(a, u, b));
+        else
+          return dy;
       };
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
@@ -215,6 +230,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
           each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
             const V centred = keep_first(load_part<V>(u + start + i, k) - centre, k);
             const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b), xhat = keep_first(fma(centred, rstd, offset), k);
+            if (keep) store_part(kept.data() + at + start + i, dz, k);
             total = total + dz;
             total_xhat = fma(dz, xhat, total_xhat);
             total_of_xhat = total_of_xhat + xhat;
@@ -237,22 +253,28 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       mean_g /= static_cast<double>(group.size()), mean_g_xhat /= static_cast<double>(group.size());
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
-        const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
+        const S* dy = keep ? kept.data() + at : read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
           const Affine<S> affine(group, s, channel);
           const V a = splat<V>(affine.a), b = splat<V>(affine.b);
           // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat
           const V p = splat<V>(s.rstd * mean_g), q = splat<V>(s.rstd * mean_g_xhat);
-          each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
-            const V centred = load_part<V>(u + start + i, k) - centre, xhat = fma(centred, rstd, offset);
-            const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b);
-            store_part(out + start + i, fma(a, dz, -p) - q * xhat, k);
-          });
+          const auto finish = [&](auto again) GK_INLINE {
+            each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+              const V centred = load_part<V>(u + start + i, k) - centre, xhat = fma(centred, rstd, offset);
+              V dz = load_part<V>(dy + start + i, k);
+              if constexpr (again()) dz = dz_of(dz, centred, a, b);
+              store_part(out + start + i, fma(a, dz, -p) - q * xhat, k);
+            });
+          };
+          keep ? finish(std::false_type{}) : finish(std::true_type{});
         });
         group.each_input(at, n, d.x, d.x2, [&](const Array& to, int64_t column, int64_t i, int64_t count) {
           S* direct = place(to, group.sample, column, out + i);
-          if (direct != out + i) std::copy(out + i, out + i + count, direct);
-          else write(to, group.sample, column, out + i, count);
+          if (direct != out + i)
+            std::copy(out + i, out + i + count, direct);
+          else
+            write(to, group.sample, column, out + i, count);
         });
       });
       if (d.pre_bias.data)

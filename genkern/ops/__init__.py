@@ -3,9 +3,12 @@
 from genkern.ops.autoregressive._causal_conv import causal_conv1d, causal_conv1d_update
 from genkern.ops.autoregressive._gated_activation import gated_activation
 from genkern.ops.autoregressive._masked_conv import masked_conv2d
+from genkern.ops.diffusion._denoising_loss import denoising_loss
 from genkern.ops.diffusion._group_norm_act import group_norm_act
+from genkern.ops.diffusion._q_sample import q_sample
 from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments
+from genkern.ops.diffusion._timestep_embedding import timestep_embedding
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
@@ -14,6 +17,7 @@ __all__ = [
     "bernoulli_nll",
     "causal_conv1d",
     "causal_conv1d_update",
+    "denoising_loss",
     "discretized_logistic_nll",
     "gated_activation",
     "gaussian_kl",
@@ -21,7 +25,9 @@ __all__ = [
     "group_norm_act",
     "guidance_moments",
     "masked_conv2d",
+    "q_sample",
     "reparameterize",
     "reparameterize_kl",
     "sampler_step",
+    "timestep_embedding",
 ]

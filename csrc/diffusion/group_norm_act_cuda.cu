@@ -1,0 +1,231 @@
+// group_norm_act on CUDA: one block for each group of each sample. The mean first, then the squares around it, rounded and
+// corrected, so that a large mean costs nothing; sums go from float to double every 16 terms and then through a tree. No atomics.
+// The group is read anew by every pass, which the caches serve for the groups of usual networks.
+#include "group_norm_act.h"
+
+namespace gk {
+namespace {
+
+// One group of one sample; elements are numbered in memory order, [0, size).
+template <class S>
+struct Group {
+  const GroupNorm& job;
+  int64_t sample;
+  int first_channel, channels, pixels, size;
+
+  __device__ __forceinline__ explicit Group(const GroupNorm& j) : job(j) {
+    sample = blockIdx.x / j.groups;
+    channels = static_cast<int>(j.channels_per_group());
+    first_channel = static_cast<int>(blockIdx.x % j.groups) * channels;
+    pixels = static_cast<int>(j.pixels);
+    size = channels * pixels;
+  }
+  __device__ __forceinline__ int64_t in_sample(int at) const { return static_cast<int64_t>(first_channel) * pixels + at; }
+  __device__ __forceinline__ int64_t row(int channel) const { return sample * job.channels + first_channel + channel; }
+  __device__ __forceinline__ S u(int at, int channel) const {  // x + pre_bias
+    const int64_t e = in_sample(at), border = job.channels_of_x * job.pixels;
+    S x;
+    if (e < border)
+      x = read_one(job.x, sample * job.x.row_stride + e, S{});
+    else
+      x = read_one(job.x2, sample * job.x2.row_stride + e - border, S{});
+    return job.pre_bias.data ? x + read_one(job.pre_bias, row(channel), S{}) : x;
+  }
+  __device__ __forceinline__ S number(const Array& a, int64_t at, S absent) const { return a.data ? read_one(a, at, S{}) : absent; }
+};
+
+__device__ __forceinline__ double block_sum(double x, double* shared) {  // the same for all threads
+  __syncthreads();
+  shared[threadIdx.x] = x;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < static_cast<unsigned>(half)) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+// The sum of term(element) over [from, n) in steps, in S for 16 terms and then in double.
+template <class S, class F>
+__device__ __forceinline__ double long_sum(int from, int n, int step, const F& term) {
+  double total = 0;
+  for (int i = from; i < n;) {
+    S part{};
+    for (int k = 0; k < 16 && i < n; k++, i += step) part += term(i);
+    total += part;
+  }
+  return total;
+}
+
+template <class S>
+struct Statistics {
+  S centre, offset, rstd;  // xhat = (u - centre) rstd + offset
+
+  __device__ __forceinline__ Statistics(const Group<S>& group, double* shared) {
+    const int thread = static_cast<int>(threadIdx.x), n = group.size;
+    const double sum = long_sum<S>(thread, n, kThreads, [&](int i) { return group.u(i, i / group.pixels); });
+    centre = static_cast<S>(block_sum(sum, shared) / n);
+    const double rest =
+        block_sum(long_sum<S>(thread, n, kThreads, [&](int i) { return group.u(i, i / group.pixels) - centre; }), shared);
+    const double square = block_sum(long_sum<S>(thread, n, kThreads,
+                                                [&](int i) {
+                                                  const S d = group.u(i, i / group.pixels) - centre;
+                                                  return d * d;
+                                                }),
+                                    shared);
+    double variance = (square - rest * rest / n) / n;
+    variance = variance < 0 ? 0 : variance;  // keeps NaN
+    const double r = 1 / sqrt(variance + group.job.eps);
+    rstd = static_cast<S>(r);
+    offset = static_cast<S>(-rest / n * r);
+  }
+};
+
+template <class S>
+struct Affine {  // z = a xhat + b
+  S gain, weight, bias, a, b;
+  __device__ __forceinline__ Affine(const Group<S>& group, int channel) {
+    const GroupNorm& job = group.job;
+    const int64_t row = group.row(channel);
+    gain = 1 + group.number(job.scale, row, S{});
+    weight = group.number(job.weight, group.first_channel + channel, S{1});
+    bias = group.number(job.bias, group.first_channel + channel, S{});
+    a = weight * gain;
+    b = fma(bias, gain, group.number(job.shift, row, S{}));
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void put(const Array& a, int64_t at, double x) {
+  if (a.data) write_one(a, at, static_cast<S>(x));
+}
+
+template <class S, bool kSilu>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job) {
+  __shared__ double shared[kThreads];
+  const Group<S> group(job);
+  const Statistics<S> s(group, shared);
+  for (int i = static_cast<int>(threadIdx.x); i < group.size; i += kThreads) {
+    const int channel = i / group.pixels;
+    const Affine<S> affine(group, channel);
+    S z = fma(affine.a, fma(group.u(i, channel) - s.centre, s.rstd, s.offset), affine.b);
+    if (kSilu) z = z * sigmoid(z);
+    write_one(job.y, group.sample * job.y.row_stride + group.in_sample(i), z);
+  }
+}
+
+template <class S, bool kSilu>
+__global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job, const GroupNormGradients d, const int segment) {
+  __shared__ double shared[3][kThreads];
+  const Group<S> group(job);
+  const Statistics<S> s(group, shared[0]);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % segment;
+  const int64_t rows = job.samples * job.channels;
+  double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + rows, *const sum_xhat = d.sums + 2 * rows;
+  const auto xhat_at = [&](int i, int channel) { return fma(group.u(i, channel) - s.centre, s.rstd, s.offset); };
+  const auto dz_at = [&](int i, S xhat, const Affine<S>& affine) {
+    const S dy = read_one(d.grad, group.sample * d.grad.row_stride + group.in_sample(i), S{});
+    return kSilu ? dy * silu_derivative(fma(affine.a, xhat, affine.b)) : dy;
+  };
+  for (int first = 0; first < group.channels; first += kThreads / segment) {  // `segment` threads for each channel
+    const int channel = first + thread / segment;
+    double total[3] = {};
+    if (channel < group.channels) {
+      const Affine<S> affine(group, channel);
+      for (int p = lane; p < group.pixels;) {
+        S part[3] = {};
+        for (int k = 0; k < 16 && p < group.pixels; k++, p += segment) {
+          const int i = channel * group.pixels + p;
+          const S xhat = xhat_at(i, channel), dz = dz_at(i, xhat, affine);
+          part[0] += dz, part[1] += dz * xhat, part[2] += xhat;
+        }
+        for (int j = 0; j < 3; j++) total[j] += part[j];
+      }
+    }
+    __syncthreads();
+    for (int j = 0; j < 3; j++) shared[j][thread] = total[j];
+    __syncthreads();
+    for (int half = segment / 2; half > 0; half /= 2) {
+      if (lane < half)
+        for (int j = 0; j < 3; j++) shared[j][thread] += shared[j][thread + half];
+      __syncthreads();
+    }
+    if (lane == 0 && channel < group.channels)
+      for (int j = 0; j < 3; j++) d.sums[j * rows + group.row(channel)] = shared[j][thread];
+  }
+  __syncthreads();
+  double g = 0, g_xhat = 0;  // g = dz * gain * weight is the gradient of xhat
+  for (int channel = thread; channel < group.channels; channel += kThreads) {
+    const Affine<S> affine(group, channel);
+    const int64_t row = group.row(channel);
+    g += affine.a * sum_dz[row], g_xhat += affine.a * sum_dz_xhat[row];
+    put<S>(d.shift, row, sum_dz[row]);
+    put<S>(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
+  }
+  const double mean_g = block_sum(g, shared[0]) / group.size, mean_g_xhat = block_sum(g_xhat, shared[0]) / group.size;
+  for (int channel = thread; channel < group.channels; channel += kThreads) {
+    const int64_t row = group.row(channel);
+    const double gradient = Affine<S>(group, channel).a * sum_dz[row] - mean_g * group.pixels - mean_g_xhat * sum_xhat[row];
+    put<S>(d.pre_bias, row, gradient * s.rstd);
+  }
+  const S p = static_cast<S>(mean_g), q = static_cast<S>(mean_g_xhat);
+  const int64_t border = job.channels_of_x * job.pixels;
+  for (int i = thread; i < group.size; i += kThreads) {
+    const int channel = i / group.pixels;
+    const Affine<S> affine(group, channel);
+    const S xhat = xhat_at(i, channel), dx = (fma(affine.a, dz_at(i, xhat, affine), -p) - q * xhat) * s.rstd;
+    const int64_t e = group.in_sample(i);
+    if (e < border)
+      write_one(d.x, group.sample * d.x.row_stride + e, dx);
+    else
+      write_one(d.x2, group.sample * d.x2.row_stride + e - border, dx);
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) parameters_kernel(const GroupNorm job, const GroupNormGradients d) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = job.samples * job.channels;
+  if (channel >= job.channels) return;
+  double weight = 0, bias = 0;
+  for (int64_t row = channel; row < rows; row += job.channels) {
+    const double gain = 1 + (job.scale.data ? static_cast<double>(read_one(job.scale, row, S{})) : 0.0);
+    weight += gain * d.sums[rows + row], bias += gain * d.sums[row];
+  }
+  put<S>(d.weight, channel, weight);
+  put<S>(d.bias, channel, bias);
+}
+
+dim3 one_block_per_group(const GroupNorm& job) {
+  STD_TORCH_CHECK(job.channels_per_group() * job.pixels < 0x7fffffff - kThreads * 16,
+                  "a group has more elements than a block can count");
+  STD_TORCH_CHECK(job.samples * job.groups <= 0x7fffffff, "more groups than one launch can take");
+  return dim3(static_cast<unsigned>(job.samples * job.groups));
+}
+
+}  // namespace
+
+template <class S>
+void group_norm_forward(const GroupNorm& job, const Tensor& like) {
+  const OnDevice device(like);
+  const auto kernel = job.silu ? forward_kernel<S, true> : forward_kernel<S, false>;
+  GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job);
+}
+
+template <class S>
+void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like) {
+  const OnDevice device(like);
+  int segment = 1;
+  while (segment < kThreads && segment < job.pixels) segment *= 2;
+  const auto kernel = job.silu ? backward_kernel<S, true> : backward_kernel<S, false>;
+  GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job, d, segment);
+  if (!d.weight.data && !d.bias.data) return;
+  const auto finish = parameters_kernel<S>;
+  GK_LAUNCH(finish, dim3(static_cast<unsigned>((job.channels + kThreads - 1) / kThreads)), dim3(kThreads), device.stream, job, d);
+}
+
+GENKERN_LIBRARY(m) {
+  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act));
+  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
+}
+
+}  // namespace gk
