@@ -1,8 +1,11 @@
 """Ops: functions on tensors, one file each, on every backend."""
 
 from genkern.ops.autoregressive._causal_conv import causal_conv1d, causal_conv1d_update
+from genkern.ops.autoregressive._discretized_mix_logistic import discretized_mix_logistic_nll, discretized_mix_logistic_sample
 from genkern.ops.autoregressive._gated_activation import gated_activation
 from genkern.ops.autoregressive._masked_conv import masked_conv2d
+from genkern.ops.autoregressive._mu_law import mu_law_decode, mu_law_encode
+from genkern.ops.autoregressive._sample_tokens import sample_tokens
 from genkern.ops.diffusion._denoising_loss import denoising_loss
 from genkern.ops.diffusion._group_norm_act import group_norm_act
 from genkern.ops.diffusion._q_sample import q_sample
@@ -19,15 +22,20 @@ __all__ = [
     "causal_conv1d_update",
     "denoising_loss",
     "discretized_logistic_nll",
+    "discretized_mix_logistic_nll",
+    "discretized_mix_logistic_sample",
     "gated_activation",
     "gaussian_kl",
     "gaussian_nll",
     "group_norm_act",
     "guidance_moments",
     "masked_conv2d",
+    "mu_law_decode",
+    "mu_law_encode",
     "q_sample",
     "reparameterize",
     "reparameterize_kl",
+    "sample_tokens",
     "sampler_step",
     "timestep_embedding",
 ]

@@ -1,0 +1,34 @@
+"""CharLSTM: a recurrent model of text, byte by byte (Graves, 2013; Karpathy's char-rnn)."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from genkern.models._base import Model, Training
+from genkern.models.autoregressive._tokens import Tokens
+
+
+@dataclass
+class CharLSTMConfig:
+    vocabulary: int = 256
+    width: int = 128
+    layers: int = 2
+    dropout: float = 0.0
+
+
+class CharLSTM(Tokens, Model):
+    """CharLSTM(CharLSTMConfig()): embedding, torch.nn.LSTM, linear; sequences (N, T) of any length, figures in nats."""
+
+    Config = CharLSTMConfig
+    training = Training(learning_rate=2e-3, clip_grad_norm=5.0)
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.embedding = nn.Embedding(c.vocabulary + 1, c.width)  # the last one is the start symbol
+        self.lstm = nn.LSTM(c.width, c.width, c.layers, batch_first=True, dropout=c.dropout)
+        self.head = nn.Linear(c.width, c.vocabulary)
+
+    def _run(self, tokens, state):
+        x, state = self.lstm(self.embedding(self._inputs(tokens, state)), state)
+        return self.head(x), state

@@ -1,0 +1,190 @@
+"""discretized_mix_logistic_nll: the likelihood of PixelCNN++; discretized_mix_logistic_sample: a draw from it."""
+
+import math
+
+import torch
+
+from genkern import random
+from genkern.core import Op
+from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, same_precision, working_type
+from genkern.testing._case import Case
+
+
+def discretized_mix_logistic_nll(x, params, *, mode="exact", levels=256, min_log_scale=-7.0):
+    """-log p(x) of a mixture of K discretised logistic distributions (Salimans et al., 2017, section 2.1-2.2): (N,), nats.
+
+    A value stands for the bin of half width h = 1 / (levels - 1) around it; with a = (x - m + h) / s and b = (x - m - h) / s its
+    probability is sigmoid(a) - sigmoid(b); the lowest bin reaches to -infinity, the highest to +infinity. The three colours of a
+    pixel share the mixture's indicator, and the means of green and blue depend linearly on the colours before them:
+    m_G = mu_G + tanh(c0) x_R,  m_B = mu_B + tanh(c1) x_R + tanh(c2) x_G.
+
+    x               (N, 3, ...), or (N, 1, ...) such as audio, where no colours couple; in [-1, 1], at 2 i / (levels - 1) - 1. Data:
+                    it has no gradient
+    params          (N, 10 K, ...), or (N, 3 K, ...) for one channel, in OpenAI's order: K logits, then for each colour K means, K log
+                    scales and, with three colours, K coefficients (c0, c1, c2 belong to the first, second and third colour)
+    mode            "exact": log p = log(1 - e^-(a - b)) - softplus(-a) - softplus(b), stable, and the probabilities of all levels sum
+                    to one; "openai": the rule behind published numbers, which replaces bins of probability at most 1e-5 by the
+                    density at their centre times their width
+    levels          number of levels, such as 256, or 32 for 5-bit images
+    min_log_scale   log scales are clamped from below, without gradient there
+
+    bits per dimension = nats / (ln 2 * values per sample). float32, float64, bfloat16, float16, also mixed; the result is float32
+    (float64 if an input is). TypeError, ValueError on anything else; values of x are not looked at. Log scales must lie below 80.
+    """
+    op = "discretized_mix_logistic_nll"
+    check_float(op, "params", params)
+    check_float(op, "x", x)
+    check_device(op, "x", x, "params", params)
+    if x.dim() < 2 or x.shape[1] not in (1, 3):
+        raise ValueError(f"{op}: x must be (N, 3, ...) or (N, 1, ...), got {tuple(x.shape)}")
+    _mixtures(op, params, x.shape[1])
+    check_shape(op, "params", params, (x.shape[0], params.shape[1], *x.shape[2:]))
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: x is data and has no gradient: detach it")
+    check_choice(op, "mode", mode, ("exact", "openai"))
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"{op}: levels must be an int of at least 2, got {levels!r}")
+    x, params = same_precision((x, params))
+    return _nll(x, params, levels, float(min_log_scale), mode == "openai")
+
+
+def discretized_mix_logistic_sample(
+    params, *, channels=3, temperature=1.0, min_log_scale=-7.0, key=None, generator=None, uniforms=None
+):
+    """A draw from that mixture, in [-1, 1], not rounded to levels: (N, channels, ...).
+
+    The indicator is drawn by Gumbel noise, then each colour by the logistic quantile m + s (log u - log(1 - u)); a colour is clamped
+    to [-1, 1] before the next depends on it. u is clamped to [1e-5, 1 - 1e-5], as published.
+
+    params          as above
+    temperature     divides the mixture's logits and multiplies the scales
+    key             int64 (2,), or (N, 2) for one stream per sample. None: drawn from `generator` or torch's default generator
+    uniforms        (N, K + channels, ...) in [0, 1) instead: K for the indicator, then one for each colour
+
+    Returns the type of params; computed in float32 (float64). In plain torch on every device.
+    """
+    op = "discretized_mix_logistic_sample"
+    check_float(op, "params", params)
+    check_choice(op, "channels", channels, (1, 3))
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    k = _mixtures(op, params, channels)
+    shape = (params.shape[0], k + channels, *params.shape[2:])
+    if uniforms is None:
+        key = random.draw_key(generator, params.device) if key is None else key
+        uniforms = random.uniform(key, shape, dtype=working_type(params), device=params.device)
+    elif key is not None or generator is not None:
+        raise ValueError(f"{op}: give one of key, generator and uniforms")
+    check_shape(op, "uniforms", uniforms, shape, "(N, K + channels, ...)")
+    params, u = in_working_type(params.detach(), uniforms)[0], uniforms.to(working_type(params)).clamp(1e-5, 1 - 1e-5)
+    logits, means, log_scales, coefficients = _split(params, channels, k)
+    chosen = (logits / temperature - torch.log(-torch.log(u[:, :k]))).argmax(1, keepdim=True)
+    noise = torch.log(u[:, k:]) - torch.log(1 - u[:, k:])
+    take = lambda values: values.gather(2, chosen.unsqueeze(1).expand(-1, values.shape[1], *([-1] * (values.dim() - 2)))).squeeze(2)
+    mean, scale = take(means), temperature * torch.exp(take(log_scales).clamp(min=min_log_scale))
+    x = []
+    for c in range(channels):
+        centre = mean[:, c]
+        if c:
+            link = torch.tanh(take(coefficients))
+            centre = centre + (link[:, 0] * x[0] if c == 1 else link[:, 1] * x[0] + link[:, 2] * x[1])
+        x.append((centre + scale[:, c] * noise[:, c]).clamp(-1, 1))
+    return torch.stack(x, 1).to(working_type(params))
+
+
+def _mixtures(op, params, channels):
+    per = 10 if channels == 3 else 3
+    if params.dim() < 2 or params.shape[1] == 0 or params.shape[1] % per:
+        raise ValueError(f"{op}: params must be (N, {per} K, ...) for {channels} channel(s), got {tuple(params.shape)}")
+    return params.shape[1] // per
+
+
+def _split(params, channels, k):
+    """logits (N, K, ...) and means, log scales, coefficients (N, channels, K, ...), the last None for one channel."""
+    kinds = 3 if channels == 3 else 2
+    rest = params[:, k:].reshape(params.shape[0], channels, kinds, k, *params.shape[2:])
+    return params[:, :k], rest[:, :, 0], rest[:, :, 1], rest[:, :, 2] if kinds == 3 else None
+
+
+def _reference(x, params, levels, min_log_scale, openai):
+    x, params = in_working_type(x, params)
+    channels, softplus = x.shape[1], torch.nn.functional.softplus
+    k, h = params.shape[1] // (10 if channels == 3 else 3), 1 / (levels - 1)
+    logits, means, log_scales, coefficients = _split(params, channels, k)
+    x = x.unsqueeze(2)
+    if channels == 3:
+        c0, c1, c2 = torch.tanh(coefficients).unbind(1)
+        red, green, _ = x.unbind(1)
+        means = torch.stack([means[:, 0], means[:, 1] + c0 * red, means[:, 2] + c1 * red + c2 * green], 1)
+    log_scales = log_scales.clamp(min=min_log_scale)
+    inverse = torch.exp(-log_scales)
+    a, b = inverse * (x - means + h), inverse * (x - means - h)
+    inside = torch.log(-torch.expm1(-2 * h * inverse)) - softplus(-a) - softplus(b)
+    if openai:
+        middle = inverse * (x - means)
+        density = middle - log_scales - 2 * softplus(middle) + math.log(2 * h)
+        inside = torch.where(inside > math.log(1e-5), inside, density)
+    edge = 1 - h / 4  # between the last level and the one before
+    log_probability = torch.where(x < -edge, -softplus(-a), torch.where(x > edge, -softplus(b), inside)).sum(1)
+    mixture = torch.logsumexp(logits + log_probability, 1) - torch.logsumexp(logits, 1)
+    return -mixture.flatten(1).sum(1)
+
+
+_nll = Op(
+    "discretized_mix_logistic_nll",
+    "(Tensor x, Tensor params, int levels, float min_log_scale, bool openai) -> Tensor",
+    reference=_reference,
+    fake=lambda x, params, levels, min_log_scale, openai: params.new_empty(params.shape[0], dtype=working_type(x, params)),
+    differentiable=("params",),
+    device_of=1,
+)
+
+
+def _eager(x, params):
+    """OpenAI's rule, after its TensorFlow code's formulas, as PyTorch ports write it."""
+    x, k = x.permute(0, 2, 3, 1), params.shape[1] // 10
+    softplus = torch.nn.functional.softplus
+    params = params.permute(0, 2, 3, 1)
+    logits, rest = params[..., :k], params[..., k:].reshape(*x.shape, 3 * k)
+    means, log_scales, coefficients = rest[..., :k], rest[..., k : 2 * k].clamp(min=-7.0), torch.tanh(rest[..., 2 * k :])
+    x = x.unsqueeze(-1).expand(*x.shape, k)
+    green = means[..., 1, :] + coefficients[..., 0, :] * x[..., 0, :]
+    blue = means[..., 2, :] + coefficients[..., 1, :] * x[..., 0, :] + coefficients[..., 2, :] * x[..., 1, :]
+    centred = x - torch.stack([means[..., 0, :], green, blue], -2)
+    inverse = torch.exp(-log_scales)
+    plus, minus, middle = inverse * (centred + 1 / 255), inverse * (centred - 1 / 255), inverse * centred
+    delta = torch.sigmoid(plus) - torch.sigmoid(minus)
+    density = middle - log_scales - 2 * softplus(middle) - math.log(127.5)
+    inside = torch.where(delta > 1e-5, torch.log(delta.clamp(min=1e-12)), density)
+    log_p = torch.where(x < -0.999, plus - softplus(plus), torch.where(x > 0.999, -softplus(minus), inside))
+    return -torch.logsumexp(log_p.sum(3) + logits.log_softmax(-1), -1).flatten(1).sum(1)
+
+
+def _arguments(make, shape):
+    n, k, *space = shape
+    levels = (make((n, 3, *space)) * 100 + 127).clamp(0, 255).round()
+    return {"x": levels / 127.5 - 1, "params": make((n, 10 * k, *space), 0.7)}
+
+
+def _one_channel(make, shape):
+    n, k, *space = shape
+    levels = (make((n, 1, *space)) * 100 + 127).clamp(0, 255).round()
+    return {"x": levels / 127.5 - 1, "params": make((n, 3 * k, *space), 0.7)}
+
+
+CASES = (
+    Case(
+        discretized_mix_logistic_nll,
+        _arguments,
+        forms=(_one_channel,),
+        shapes=((2, 3, 4, 5), (1, 1, 1, 1), (0, 2, 3, 3), (2, 2, 17, 19)),
+        small=(1, 2, 1, 2),
+        large=(3, 2, 40, 41),
+        variants=({}, {"mode": "openai"}),
+        constants=("x",),
+        eager=_eager,
+        bytes=lambda shape, size: size * shape[0] * (10 * shape[1] + 3) * math.prod(shape[2:]),
+        bytes_backward=lambda shape, size: size * shape[0] * (20 * shape[1] + 3) * math.prod(shape[2:]),
+        bench_shapes=((16, 10, 32, 32),),
+    ),
+)

@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+
+import genkern
+from genkern import core
+from genkern.ops import discretized_mix_logistic_nll as nll
+from genkern.ops import discretized_mix_logistic_sample as sample
+from genkern.ops.autoregressive._discretized_mix_logistic import _eager
+
+BACKENDS = ["reference"] + ["cpu"] * (core.OPS["discretized_mix_logistic_nll"].available("cpu")["cpu"] is None)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def data(n=2, k=5, size=6, scale=0.7, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (n, 3, size, size), generator=generator).to(dtype) / 127.5 - 1
+    return x, (scale * torch.randn(n, 10 * k, size, size, generator=generator)).to(dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("shift", [-9.0, -7.0, -3.0, 0.0, 5.0])
+def test_the_probabilities_of_all_levels_sum_to_one(backend, shift):
+    for levels in (256, 32):
+        params = torch.randn(1, 12, 1, generator=torch.Generator().manual_seed(1))
+        params[:, 8:] += shift
+        x = 2 * torch.arange(levels) / (levels - 1) - 1
+        with genkern.backend(backend):
+            total = torch.exp(-nll(x.view(levels, 1, 1), params.expand(levels, 12, 1), levels=levels).double()).sum()
+        assert abs(total - 1) < 2e-6
+
+
+@each_backend
+def test_colours_sum_to_one(backend):
+    """All 5^3 colours of one pixel: the coupling of the colours keeps the mass."""
+    levels = 5
+    grid = torch.cartesian_prod(*[2 * torch.arange(levels) / (levels - 1) - 1] * 3).view(-1, 3, 1, 1)
+    params = torch.randn(1, 20, 1, 1, generator=torch.Generator().manual_seed(2)).expand(len(grid), 20, 1, 1)
+    with genkern.backend(backend):
+        assert abs(torch.exp(-nll(grid, params, levels=levels).double()).sum() - 1) < 2e-6
+
+
+@each_backend
+def test_openai_mode_is_the_published_rule(backend):
+    x, params = data(dtype=torch.float64)
+    params[:, 5:] *= 2
+    with genkern.backend(backend):
+        torch.testing.assert_close(nll(x, params, mode="openai"), _eager(x, params), rtol=1e-9, atol=0)
+        torch.testing.assert_close(nll(x.float(), params.float(), mode="openai").double(), _eager(x, params), rtol=1e-5, atol=0)
+
+
+@each_backend
+def test_the_two_modes_differ_where_the_published_rule_approximates(backend):
+    x, params = torch.zeros(1, 1, 1), torch.tensor([0.0, 0.02, -7.0]).view(1, 3, 1)
+    with genkern.backend(backend):
+        assert 2.1 < nll(x, params, mode="openai") - nll(x, params, mode="exact") < 2.2
+
+
+@each_backend
+def test_extreme_parameters_stay_finite(backend):
+    x = torch.tensor([-1.0, -0.5, 0.0, 1.0]).view(1, 1, 4)
+    for mean in (-50.0, 0.0, 50.0):
+        for log_scale in (-20.0, 0.0, 60.0):
+            params = torch.tensor([0.0, mean, log_scale]).view(1, 3, 1).repeat(1, 1, 4).requires_grad_()
+            with genkern.backend(backend):
+                for mode in ("exact", "openai"):
+                    loss = nll(x, params, mode=mode).sum()
+                    assert loss.isfinite() and torch.autograd.grad(loss, params)[0].isfinite().all()
+
+
+@each_backend
+def test_audio_and_five_bit_images(backend):
+    x, params = torch.linspace(-1, 1, 7).view(1, 1, 7), torch.zeros(1, 6, 7)
+    with genkern.backend(backend):
+        got = nll(x, params, levels=65536)
+    edge = torch.sigmoid(torch.tensor(-1 + 1 / 65535, dtype=torch.float64)).log()
+    inner = torch.linspace(-1, 1, 7, dtype=torch.float64)[1:-1]
+    expected = -(2 * edge + (torch.sigmoid(inner) * torch.sigmoid(-inner) * 2 / 65535).log().sum())
+    torch.testing.assert_close(got.double(), expected.view(1), rtol=1e-5, atol=0)
+
+
+def test_samples_have_the_distribution_they_claim():
+    n = 20000
+    params = torch.tensor([0.3, -0.4, -0.5, 0.4, -2.0, -1.5]).view(1, 6, 1).expand(n, 6, 1)
+    x = sample(params, channels=1, key=genkern.random.key(0))
+    assert x.shape == (n, 1, 1) and x.abs().max() <= 1
+    for point in (-0.6, -0.2, 0.3):
+        p = torch.softmax(torch.tensor([0.3, -0.4]), 0)
+        scale = torch.exp(torch.tensor([2.0, 1.5]))
+        expected = (p * torch.sigmoid((point - torch.tensor([-0.5, 0.4])) * scale)).sum()
+        assert abs((x < point).float().mean() - expected) < 0.015
+    keys = genkern.random.split(genkern.random.key(1), 4)
+    assert torch.equal(sample(params[:4], channels=1, key=keys)[2:], sample(params[2:4], channels=1, key=keys[2:]))
+
+
+def test_samples_of_colours_couple_and_are_given_by_uniforms():
+    params = torch.zeros(1, 10, 1, 1)
+    params[0, 1], params[0, 2] = 0.5, -30.0  # red: mean, a scale that is clamped to e^-7
+    params[0, 5], params[0, 8] = -30.0, -30.0
+    params[0, 3], params[0, 6], params[0, 9] = 1.0, -1.0, 2.0
+    red, green, blue = sample(params, uniforms=torch.full((1, 4, 1, 1), 0.5)).flatten().tolist()
+    assert math.isclose(red, 0.5, rel_tol=1e-6) and math.isclose(green, 0.5 * math.tanh(1), rel_tol=1e-6)
+    assert math.isclose(blue, 0.5 * math.tanh(-1) + green * math.tanh(2), rel_tol=1e-5)
+    cold = sample(params, temperature=1e-3, min_log_scale=0.0, uniforms=torch.full((1, 4, 1, 1), 0.9))
+    assert abs(cold[0, 0, 0, 0] - 0.5) < 0.01  # a low temperature narrows
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x, p: (x, p[:, :-1]), r"\(N, 10 K, ...\) for 3 channel"),
+        (lambda x, p: (x[:, :2], p), r"x must be \(N, 3, ...\) or \(N, 1, ...\)"),
+        (lambda x, p: (x[..., :-1], p), "params must have shape"),
+        (lambda x, p: (x.clone().requires_grad_(), p), "detach"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(change, words):
+    with pytest.raises(ValueError, match=words):
+        nll(*change(*data()))
+    with pytest.raises(ValueError, match="'exact', 'openai'"):
+        nll(*data(), mode="paper")
+    with pytest.raises(TypeError, match="floating point"):
+        nll(data()[0].byte(), data()[1])
