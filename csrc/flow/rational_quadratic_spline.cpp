@@ -10,14 +10,14 @@ struct SplineJob {  // element e owns row e of the parameters
   SplineShape shape;
   int64_t count;
   Array in, widths, heights, slopes;
-  Array out, log_det;                                                    // forward: results; backward: their gradients
+  Array out, log_det;  // forward: results; backward: their gradients
   Array d_in, d_widths, d_heights, d_slopes;
 };
 
 #ifndef GK_GPU
 
 template <class V>
-struct RawLanes {  // parameters of kCount elements as [parameter][element]
+struct RawLanes {                                // parameters of kCount elements as [parameter][element]
   V *widths, *heights, *slopes, *low_x, *low_y;  // widths and heights become their weights, then gradients
   GK_FN V width(int k) const { return widths[k]; }
   GK_FN V height(int k) const { return heights[k]; }
@@ -195,8 +195,9 @@ SplineJob job_of(Tensor& x, Tensor& widths, Tensor& heights, Tensor& slopes, int
   return {shape, x.numel(), line_of(x), rows_of(widths), rows_of(heights), rows_of(slopes), {}, {}, {}, {}, {}, {}};
 }
 
-std::tuple<Tensor, Tensor> rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor slopes, bool inverse, int64_t tails,
-                                                     double bound, double min_width, double min_height, double min_slope) {
+std::tuple<Tensor, Tensor> rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor slopes, bool inverse,
+                                                     int64_t tails, double bound, double min_width, double min_height,
+                                                     double min_slope) {
   const ScalarType type =
       promote(promote(x.scalar_type(), widths.scalar_type()), promote(heights.scalar_type(), slopes.scalar_type()));
   Tensor out = torch::stable::new_empty(x, x.sizes(), type), log_det = torch::stable::new_empty(x, x.sizes(), sum_type(type));
@@ -206,9 +207,9 @@ std::tuple<Tensor, Tensor> rational_quadratic_spline(Tensor x, Tensor widths, Te
   return {out, log_det};
 }
 
-std::vector<Tensor> rational_quadratic_spline_backward(Tensor grad_out, Tensor grad_log_det, Tensor x, Tensor widths, Tensor heights,
-                                                       Tensor slopes, bool inverse, int64_t tails, double bound, double min_width,
-                                                       double min_height, double min_slope) {
+std::vector<Tensor> rational_quadratic_spline_backward(Tensor grad_out, Tensor grad_log_det, Tensor x, Tensor widths,
+                                                       Tensor heights, Tensor slopes, bool inverse, int64_t tails, double bound,
+                                                       double min_width, double min_height, double min_slope) {
   std::vector<Tensor> gradients;
   for (const Tensor& like : {x, widths, heights, slopes}) gradients.push_back(torch::stable::new_empty(like, like.sizes()));
   SplineJob job = job_of(x, widths, heights, slopes, tails, bound, min_width, min_height, min_slope);

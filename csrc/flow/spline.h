@@ -97,10 +97,10 @@ GK_FN Pair<V> exp_pair(V raw, V top) {
 // One axis, widths or heights: softmax of the parameters, and what belongs to the chosen bin.
 template <class V>
 struct Axis {
-  V top, scale, smallest;           // size of a bin = smallest + weight * scale
-  Pair<V> sum, walked;              // of the weights: all, and those of the bins walked so far
-  Pair<V> below, weight;            // of the bins before the chosen one; of the chosen one
-  Wide<V> start, size;              // of the chosen bin
+  V top, scale, smallest;  // size of a bin = smallest + weight * scale
+  Pair<V> sum, walked;     // of the weights: all, and those of the bins walked so far
+  Pair<V> below, weight;   // of the bins before the chosen one; of the chosen one
+  Wide<V> start, size;     // of the chosen bin
   GK_FN void normalize(const SplineShape& shape, double min_size) {
     scale = splat<V>(2 * shape.bound * (1 - min_size * shape.bins)) / sum.high;
     smallest = splat<V>(2 * shape.bound * min_size);
@@ -126,13 +126,13 @@ struct Axis {
 template <class V>
 struct Point {
   Axis<V> x, y;
-  V bin, raw0, raw1;            // bin number; parameters of the slopes at its knots
+  V bin, raw0, raw1;  // bin number; parameters of the slopes at its knots
   V d0, d1, s, t, u, v, n, d;
   V width, height, slope, out;  // out: y, or x of the inverse
 };
 
-// Raw gives the parameters: width(k), height(k), slope(k); weigh_x(k, top) = exp_pair(width(k), top) and weigh_y, which come first, and
-// the same again as weight_x, weight_y.
+// Raw gives the parameters: width(k), height(k), slope(k); weigh_x(k, top) = exp_pair(width(k), top) and weigh_y, which come first,
+// and the same again as weight_x, weight_y.
 template <class V, bool kInverse, class Raw>
 GK_FN Point<V> locate(const SplineShape& shape, Raw& raw, V at) {
   using W = Wide<V>;
@@ -212,7 +212,8 @@ GK_FN V spline_backward(const SplineShape& shape, Raw& raw, V in, V grad_out, V 
   }
   const auto inside = (in >= -bound) & (in <= bound);
   to_y = inside ? to_y : V{}, to_log = inside ? to_log : V{};
-  const V to_v = to_y * p.height, to_t = to_v * p.s * p.n / (p.d * p.d) + to_log * l_t;
+  const V to_v = to_y * p.height, m = p.s * p.n / (p.d * p.d);
+  const V to_t = kInverse ? (inside ? -grad_out * p.width : V{}) : to_v * m + to_log * l_t;  // inverse: what l_t adds cancels
   const V to_s = to_v * tu * (tt * p.d1 - uu * p.d0) / (p.d * p.d) + to_log * l_s;
   if constexpr (!kInverse) grad_in = to_t / p.width;
   const V start_x = -to_t / p.width, size_x = -(to_t * p.t + to_s * p.s) / p.width;

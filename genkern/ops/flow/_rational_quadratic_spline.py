@@ -203,6 +203,8 @@ CASES = (
         forms=(_slices_of_one, _no_tails),
         shapes=((5, 7), (1, 1), (0, 4), (2, 3, 5), (3, 37)),
         large=(3, 1031),
+        # float64 is tested in tests/flow: in a narrow bin the rounding of the reference itself exceeds what the common rule allows.
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
         variants=({}, {"inverse": True}, {"tail_bound": 3.0, "log_det": "sample"}),
         eager=_eager,
         peers=_peers,
