@@ -39,17 +39,51 @@ GK_FN V narrow(double x) {
   return static_cast<V>(x);
 }
 #ifndef __CUDACC__
-typedef double lane_f64 __attribute__((vector_size(8 * GK_LANES)));
+typedef double half_f64 __attribute__((vector_size(4 * GK_LANES)));
+typedef float half_f32 __attribute__((vector_size(2 * GK_LANES)));
+struct lane_f64 {  // two native vectors: compilers take one of twice the width apart number by number
+  half_f64 a, b;
+};
 template <>
 struct WideOf<lane_f32> {
   using type = lane_f64;
 };
-GK_FN lane_f64 widen(lane_f32 x) { return __builtin_convertvector(x, lane_f64); }
+#define GK_WIDE_OPERATOR(op)                                                                            \
+  GK_FN lane_f64 operator op(const lane_f64& x, const lane_f64& y) { return {x.a op y.a, x.b op y.b}; } \
+  GK_FN lane_f64 operator op(const lane_f64& x, double y) { return {x.a op y, x.b op y}; }              \
+  GK_FN lane_f64 operator op(double x, const lane_f64& y) { return {x op y.a, x op y.b}; }
+GK_WIDE_OPERATOR(+)
+GK_WIDE_OPERATOR(-)
+GK_WIDE_OPERATOR(*)
+GK_WIDE_OPERATOR(/)
+#undef GK_WIDE_OPERATOR
+GK_FN lane_f64 widen(lane_f32 x) {
+  half_f32 half[2];
+  memcpy(half, &x, sizeof(x));
+  return {__builtin_convertvector(half[0], half_f64), __builtin_convertvector(half[1], half_f64)};
+}
 template <class V>
-GK_FN V narrow(lane_f64 x) {
-  return __builtin_convertvector(x, V);
+GK_FN V narrow(const lane_f64& x) {
+  const half_f32 half[2] = {__builtin_convertvector(x.a, half_f32), __builtin_convertvector(x.b, half_f32)};
+  V y;
+  memcpy(&y, half, sizeof(y));
+  return y;
 }
 #endif
+template <class T>
+GK_FN T select_negative(T q, T negative, T other) {
+  return q < 0 ? negative : other;
+}
+#ifndef __CUDACC__
+GK_FN lane_f64 select_negative(const lane_f64& q, const lane_f64& negative, const lane_f64& other) {
+  return {select_negative(q.a, negative.a, other.a), select_negative(q.b, negative.b, other.b)};
+}
+#endif
+template <class W>
+GK_FN W clamp_unit(W t) {  // keeps NaN
+  const W from_zero = select_negative(t, t * 0.0, t);
+  return select_negative(1.0 - from_zero, t * 0.0 + 1.0, from_zero);
+}
 template <class V>
 GK_FN Wide<V> wide_sqrt(Wide<V> x) {  // one Newton step from the narrow root
   const Wide<V> root = widen(sqrt(narrow<V>(x)));
@@ -115,9 +149,7 @@ struct Axis {
     size = weight.wide() * unit + 2 * shape.bound * min_size;
   }
   GK_FN Wide<V> fraction(V x) const {  // of the way through the chosen bin
-    Wide<V> t = (widen(x) - start) / size;
-    t = t < 0 ? Wide<V>{} : t;
-    return t > 1 ? Wide<V>{} + 1 : t;
+    return clamp_unit((widen(x) - start) / size);
   }
   // Mean over the bins, by weight, of the gradients of their sizes: those of the chosen bin's start and size.
   GK_FN V mean(V to_start, V to_size) const { return (to_start * below.high + to_size * weight.high) / sum.high; }
@@ -170,11 +202,11 @@ GK_FN Point<V> locate(const SplineShape& shape, Raw& raw, V at) {
   W t, u, v;
   if constexpr (kInverse) {
     v = p.y.fraction(at);
-    const W rest = 1 - v, q = d0 * rest - d1 * v, product = s * s * v * rest * 4, root = wide_sqrt<V>(q * q + product);
-    const W g = q < 0 ? product / (root - q) : q + root, total = s * v * 2 + g;
+    const W rest = 1.0 - v, q = d0 * rest - d1 * v, product = s * s * v * rest * 4, root = wide_sqrt<V>(q * q + product);
+    const W g = select_negative(q, product / (root - q), q + root), total = s * v * 2 + g;
     t = s * v * 2 / total, u = g / total;
   } else {
-    t = p.x.fraction(at), u = 1 - t;
+    t = p.x.fraction(at), u = 1.0 - t;
   }
   const W tu = t * u, tt = t * t, uu = u * u, n = d1 * tt + s * tu * 2 + d0 * uu, d = s * (tt + uu) + (d0 + d1) * tu;
   if constexpr (!kInverse) v = (s * tt + d0 * tu) / d;
