@@ -12,11 +12,14 @@ from genkern.ops.diffusion._q_sample import q_sample
 from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments
 from genkern.ops.diffusion._timestep_embedding import timestep_embedding
+from genkern.ops.flow._affine_coupling import affine_coupling
+from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_spline
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
 __all__ = [
+    "affine_coupling",
     "bernoulli_nll",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -33,6 +36,7 @@ __all__ = [
     "mu_law_decode",
     "mu_law_encode",
     "q_sample",
+    "rational_quadratic_spline",
     "reparameterize",
     "reparameterize_kl",
     "sample_tokens",

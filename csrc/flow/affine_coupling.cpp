@@ -1,0 +1,203 @@
+// affine_coupling: y = x s + t (or (x + t) s) on the transformed channels or elements, the rest passed through, and its
+// log-determinant per sample, in one pass. Shift t and the raw scale are halves of one tensor along dimension 1, read in place.
+#include "rows.h"
+
+namespace gk {
+namespace {
+
+// ---- scale maps: from the raw scale u to s, ln s and d ln s / du. The numbers are positions in SCALES of _affine_coupling.py
+
+template <class V>
+struct Scaled {
+  V scale, log_scale, turn;
+};
+
+struct ExpScale {  // s = e^u
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    return {exp(u), u, splat<V>(1)};
+  }
+};
+struct SigmoidScale {  // s = sigmoid(u + 2)
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    const V a = u + 2, e = exp(a < 0 ? a : -a), small = e / (e + 1), large = 1 / (e + 1);
+    return {a < 0 ? small : large, (a < 0 ? a : V{}) - log1p(e), a < 0 ? large : small};
+  }
+};
+template <class V>
+GK_FN Scaled<V> above(V s, V ds, double floor) {  // s + floor
+  const V scale = s + splat<V>(floor);
+  return {scale, log(scale), ds / scale};
+}
+struct SigmoidFloorScale {  // s = sigmoid(u + 2) + 1e-3
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    const V a = u + 2, e = exp(a < 0 ? a : -a), small = e / (e + 1), large = 1 / (e + 1);
+    return above(a < 0 ? small : large, small * large, 1e-3);
+  }
+};
+struct SoftplusScale {  // s = softplus(u) + 1e-3
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    return above(softplus(u), sigmoid(u), 1e-3);
+  }
+};
+struct TanhScale {  // ln s = limit tanh(u)
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    const V e = exp(u < 0 ? u + u : -(u + u)), t = tanh(u), most = splat<V>(limit);
+    return {exp(t * most), t * most, e * 4 / ((e + 1) * (e + 1)) * most};  // 1 - t^2 without cancellation
+  }
+};
+struct SoftClipScale {  // ln s = u / (1 + |u| / limit)
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    const V part = 1 / ((u < 0 ? -u : u) / splat<V>(limit) + 1), log_scale = u * part;
+    return {exp(log_scale), log_scale, part * part};
+  }
+};
+
+// ---- rows: x, shift, raw scale (and mask, the same for all rows) of the transformed elements
+
+template <class Scale, bool kInverse, bool kShiftFirst, bool kMask>
+struct Coupling {
+  static constexpr int kInputs = 3 + kMask, kRowInputs = 0, kOutputs = 1, kSums = 1;
+  NoNoise noise;
+  Scale map;
+  template <class V>
+  GK_FN void operator()(const V* in, const V*, V, V* out, V* term) const {
+    const V x = in[0], t = in[1];
+    const Scaled<V> s = map(in[2]);
+    out[0] =
+        kInverse ? (kShiftFirst ? x / s.scale - t : (x - t) / s.scale) : (kShiftFirst ? (x + t) * s.scale : fma(x, s.scale, t));
+    term[0] = kInverse ? -s.log_scale : s.log_scale;
+    if constexpr (kMask) out[0] = in[3] == 0 ? x : out[0], term[0] = in[3] == 0 ? V{} : term[0];
+  }
+};
+
+template <class Scale, bool kInverse, bool kShiftFirst, bool kMask>
+struct CouplingBackward {
+  static constexpr int kInputs = 4 + kMask, kRowInputs = 1, kOutputs = 3, kSums = 0;
+  NoNoise noise;
+  Scale map;
+  template <class V>
+  GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
+    const V x = in[0], t = in[1], grad = in[3];
+    const Scaled<V> s = map(in[2]);
+    const V through = kInverse ? grad / s.scale : grad * s.scale;
+    const V moved = kInverse == kShiftFirst ? x : (kInverse ? x - t : x + t);  // what is scaled
+    const V to_log = fma(through, moved, row[0]);
+    out[0] = through;
+    out[1] = kInverse ? (kShiftFirst ? -grad : -through) : (kShiftFirst ? through : grad);
+    out[2] = (kInverse ? -to_log : to_log) * s.turn;
+    if constexpr (kMask)
+      out[0] = in[4] == 0 ? grad : out[0], out[1] = in[4] == 0 ? V{} : out[1], out[2] = in[4] == 0 ? V{} : out[2];
+  }
+};
+
+struct Copy {
+  static constexpr int kInputs = 1, kRowInputs = 0, kOutputs = 1, kSums = 0;
+  NoNoise noise;
+  template <class V>
+  GK_FN void operator()(const V* in, const V*, V, V* out, V*) const {
+    out[0] = in[0];
+  }
+};
+
+// ---- tensors
+
+template <class Run>
+void with_scale(int64_t scale, double limit, const Run& run) {
+  switch (scale) {
+    case 0:
+      return run(ExpScale{limit});
+    case 1:
+      return run(SigmoidScale{limit});
+    case 2:
+      return run(SigmoidFloorScale{limit});
+    case 3:
+      return run(SoftplusScale{limit});
+    case 4:
+      return run(TanhScale{limit});
+    default:
+      return run(SoftClipScale{limit});
+  }
+}
+
+template <class Run>
+void with_flags(bool inverse, bool shift_first, bool mask, const Run& run) {
+  const auto with_mask = [&](auto a, auto b) { mask ? run(a, b, std::true_type{}) : run(a, b, std::false_type{}); };
+  const auto with_order = [&](auto a) { shift_first ? with_mask(a, std::true_type{}) : with_mask(a, std::false_type{}); };
+  inverse ? with_order(std::true_type{}) : with_order(std::false_type{});
+}
+
+struct Halves {  // of the columns of params: shift and raw scale; x is transformed from column `kept` on
+  RowShape shape;
+  int64_t kept;
+  bool scale_first;
+  Halves(const Rows& x, const Rows& params, bool scale_first)
+      : shape{x.shape().rows, params.shape().width / 2}, kept(x.shape().width - shape.width), scale_first(scale_first) {}
+  Array shift(const Rows& params) const { return params.columns(scale_first ? shape.width : 0); }
+  Array scale(const Rows& params) const { return params.columns(scale_first ? 0 : shape.width); }
+};
+
+inline Array mask_of(const MaybeTensor& mask) {
+  return mask ? Array{mask->data_ptr(), 0, storage_of(mask->scalar_type())} : Array{};
+}
+
+void pass_through(const Rows& from, const Rows& to, const Halves& halves, const Tensor& like) {
+  if (halves.kept) run_rows(Copy{}, {halves.shape.rows, halves.kept}, {from.array()}, {}, {to.array()}, {}, like);
+}
+
+std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor mask, int64_t scale, bool scale_first,
+                                           bool shift_first, bool inverse, double limit) {
+  const ScalarType type = promote(x.scalar_type(), params.scalar_type());
+  Tensor y = torch::stable::new_empty(x, x.sizes(), type), log_det = torch::stable::new_empty(x, {x.size(0)}, sum_type(type));
+  const Rows x_rows(x), param_rows(params), y_rows(y);
+  const Halves halves(x_rows, param_rows, scale_first);
+  pass_through(x_rows, y_rows, halves, x);
+  with_scale(scale, limit, [&](auto map) {
+    with_flags(inverse, shift_first, mask.has_value(), [&](auto a, auto b, auto c) {
+      using F = Coupling<decltype(map), a(), b(), c()>;
+      Arrays<F::kInputs> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows)};
+      if constexpr (c()) in[3] = mask_of(mask);
+      run_rows(F{{}, map}, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {per_row(log_det)}, x);
+    });
+  });
+  return {y, log_det};
+}
+
+std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor params, MaybeTensor mask,
+                                             int64_t scale, bool scale_first, bool shift_first, bool inverse, double limit) {
+  Tensor d_x = torch::stable::new_empty(x, x.sizes()), d_params = torch::stable::new_empty(params, params.sizes());
+  const Rows x_rows(x), param_rows(params), grad_rows(grad_y), d_x_rows(d_x), d_param_rows(d_params);
+  const Halves halves(x_rows, param_rows, scale_first);
+  pass_through(grad_rows, d_x_rows, halves, x);
+  with_scale(scale, limit, [&](auto map) {
+    with_flags(inverse, shift_first, mask.has_value(), [&](auto a, auto b, auto c) {
+      using F = CouplingBackward<decltype(map), a(), b(), c()>;
+      Arrays<F::kInputs> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows),
+                            grad_rows.columns(halves.kept)};
+      if constexpr (c()) in[4] = mask_of(mask);
+      const Arrays<3> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows)};
+      run_rows(F{{}, map}, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
+    });
+  });
+  return {d_x, d_params};
+}
+
+}  // namespace
+
+GENKERN_LIBRARY(m) {
+  m.impl("_affine_coupling", TORCH_BOX(&affine_coupling));
+  m.impl("_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
+}
+
+}  // namespace gk

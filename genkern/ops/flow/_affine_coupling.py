@@ -1,0 +1,153 @@
+"""affine_coupling: scale and shift of one part of a tensor by functions of the other, with the log-determinant."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from genkern.core import Op
+from genkern.ops._common import (
+    check_choice,
+    check_device,
+    check_float,
+    check_shape,
+    in_working_type,
+    promoted,
+    same_precision,
+    working_type,
+)
+from genkern.testing._case import Case
+
+SCALES = ("exp", "sigmoid", "sigmoid_floor", "softplus", "tanh", "soft_clip")  # positions are the numbers of the raw op
+LAYOUTS = ("shift_scale", "scale_shift", "interleaved")
+_NAME = "affine_coupling"
+
+
+def affine_coupling(
+    x, params, *, scale="exp", layout="shift_scale", shift_first=False, inverse=False, limit=None, mask=None, log_det=None
+):
+    """(y, log_det): y = x s + t on the transformed part of x, the rest unchanged, and log |det dy/dx| per sample
+    (RealNVP, Dinh et al., 2017, equations 7-8; Glow, Kingma & Dhariwal, 2018, table 1).
+
+    x           (N, C, ...). Its last channels are transformed, as many as params has shifts; the first ones pass through
+    params      (N, 2 C', ...), C' <= C: shifts t and raw scales u of the transformed channels, the output of the network
+    scale       the map from u to s: "exp": e^u; "sigmoid": sigmoid(u + 2) (Glow); "sigmoid_floor": sigmoid(u + 2) + 1e-3 (nflows);
+                "softplus": softplus(u) + 1e-3; "tanh": exp(limit tanh(u)), limit 2 unless given; "soft_clip":
+                exp(u / (1 + |u| / limit)), limit -ln(1e-3) unless given (zuko)
+    layout      of params along dimension 1: "shift_scale" or "scale_shift" halves, read in place; "interleaved": shift, scale,
+                shift, scale ..., rearranged by a copy first
+    shift_first y = (x + t) s instead (Glow)
+    inverse     x from y: (x - t) / s, or x / s - t; log_det is that of this map
+    mask        boolean, of the shape of one sample (C, ...) or one that broadcasts to it: True is transformed, such as a
+                checkerboard. Then C' = C
+    log_det     None, or (N,): a running log-determinant to which this one is added
+
+    float32, float64, bfloat16, float16, also mixed; computed in float32 (float64). y has the promoted type of x and params, so a
+    float32 stream takes bfloat16 params; log_det is float32 (float64 if an input is). TypeError, ValueError on anything else.
+    Differentiable to any order; the backward pass starts from the inputs, nothing else is kept.
+    """
+    check_float(_NAME, "x", x)
+    check_float(_NAME, "params", params, x.dim())
+    check_choice(_NAME, "scale", scale, SCALES)
+    check_choice(_NAME, "layout", layout, LAYOUTS)
+    check_device(_NAME, "params", params, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{_NAME}: x must be (N, C, ...), got shape {tuple(x.shape)}")
+    channels = params.shape[1] // 2
+    if channels > x.shape[1] or params.shape != (x.shape[0], 2 * channels, *x.shape[2:]):
+        raise ValueError(f"{_NAME}: params must have shape (N, 2 C', ...), C' <= C, got {tuple(params.shape)} for x {tuple(x.shape)}")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
+        raise TypeError(f"{_NAME}: mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask is not None and channels != x.shape[1]:
+        raise ValueError(f"{_NAME}: with a mask params must hold 2 C = {2 * x.shape[1]} channels, got {params.shape[1]}")
+    if log_det is not None:
+        check_float(_NAME, "log_det", log_det)
+        check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")
+    if limit is None:
+        limit = 2.0 if scale == "tanh" else -math.log(1e-3)
+    elif scale not in ("tanh", "soft_clip") or not 0 < limit < math.inf:
+        raise ValueError(f'{_NAME}: limit must be positive, and scale "tanh" or "soft_clip", got {limit} with {scale!r}')
+    if layout == "interleaved":
+        params = torch.cat([params[:, 0::2], params[:, 1::2]], 1)
+    x, params = same_precision((x, params))
+    if mask is not None:  # a number per element of a sample, which the kernels read like the other inputs
+        mask = mask.expand(x.shape[1:]).to(x.device, working_type(x, params)).contiguous()
+    y, own = _op(x, params, mask, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit))
+    return y, own if log_det is None else log_det + own
+
+
+def _scaled(u, scale, limit):
+    """(s, ln s)"""
+    if scale == "exp":
+        return u.exp(), u
+    if scale == "sigmoid":
+        return torch.sigmoid(u + 2), F.logsigmoid(u + 2)
+    if scale in ("sigmoid_floor", "softplus"):
+        s = (torch.sigmoid(u + 2) if scale == "sigmoid_floor" else torch.logaddexp(u, torch.zeros_like(u))) + 1e-3
+        return s, s.log()
+    log_s = limit * u.tanh() if scale == "tanh" else u / (1 + u.abs() / limit)
+    return log_s.exp(), log_s
+
+
+def _reference(x, params, mask, scale, scale_first, shift_first, inverse, limit):
+    dtype = promoted(x, params)
+    x, params = in_working_type(x, params)
+    shift, raw = params.chunk(2, 1) if params.shape[1] else (params, params)
+    if scale_first:
+        shift, raw = raw, shift
+    kept, x = x.split([x.shape[1] - shift.shape[1], shift.shape[1]], 1)
+    s, log_s = _scaled(raw, SCALES[scale], limit)
+    if inverse:
+        y, log_s = x / s - shift if shift_first else (x - shift) / s, -log_s
+    else:
+        y = (x + shift) * s if shift_first else x * s + shift
+    if mask is not None:
+        y, log_s = torch.where(mask != 0, y, x), torch.where(mask != 0, log_s, torch.zeros_like(log_s))
+    return torch.cat([kept, y], 1).to(dtype), log_s.flatten(1).sum(1)
+
+
+_op = Op(
+    _NAME,
+    "(Tensor x, Tensor params, Tensor? mask, int scale, bool scale_first, bool shift_first, bool inverse, float limit) "
+    "-> (Tensor, Tensor)",
+    reference=_reference,
+    fake=lambda x, params, *_: (
+        x.new_empty(x.shape, dtype=promoted(x, params)),
+        x.new_empty(x.shape[:1], dtype=working_type(x, params)),
+    ),
+    differentiable=("x", "params"),
+)
+
+
+def _eager(x, params):
+    kept, x = x.chunk(2, 1)
+    shift, raw = params.chunk(2, 1)
+    s = torch.sigmoid(raw + 2)
+    return torch.cat([kept, x * s + shift], 1), torch.log(s).flatten(1).sum(1)
+
+
+def _masked(make, shape):
+    mask = torch.arange(math.prod(shape[1:]), device=make.device).reshape(shape[1:]) % 2 == 0
+    return {"x": make(shape), "params": make((shape[0], 2 * shape[1], *shape[2:])), "mask": mask}
+
+
+CASES = (
+    Case(
+        affine_coupling,
+        lambda make, shape: {"x": make(shape), "params": make((shape[0], shape[1] // 2 * 2, *shape[2:]))},
+        forms=(_masked,),
+        shapes=((3, 6, 5), (1, 2), (0, 4), (4, 3), (2, 4, 17, 31)),
+        variants=(
+            {"scale": "sigmoid", "shift_first": True},
+            {"scale": "sigmoid_floor", "inverse": True},
+            {"scale": "tanh", "inverse": True, "shift_first": True, "layout": "scale_shift"},
+            {"scale": "soft_clip"},
+            {"scale": "softplus", "layout": "interleaved"},
+        ),
+        eager=_eager,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 4 * size * math.prod(shape),
+        bench_shapes=((4096, 16), (64, 12, 16, 16), (16, 12, 32, 32)),
+        bench_variant={"scale": "sigmoid"},
+    ),
+)
