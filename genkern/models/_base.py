@@ -212,8 +212,9 @@ def write(path, data):
     except BaseException:
         os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lies in the folder
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lies in the folder
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

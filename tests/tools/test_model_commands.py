@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +104,23 @@ def test_the_vae_by_the_command_line(tmp_path, capsys):
     assert "has no latent directions" in refused(capsys, "traverse", tmp_path / "run", "--out", tmp_path / "t.png")
     assert "does not say how it fits" in refused(capsys, "train", "vae", "--data", "digits", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_without_the_extras_the_training_stays(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["train", "toy-images", "--data", "digits", "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
+    assert 'no pictures: curves: needs matplotlib, of the extra "models"' in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_help_and_a_missing_name(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0 and "toy-images" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "toy-images", "--help"])
+    assert caught.value.code == 0 and "--learning-rate X" in (out := capsys.readouterr().out) and "--scale X" in out
+    assert "required: name" in refused(capsys, "train", "--data", "digits")
 
 
 def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
