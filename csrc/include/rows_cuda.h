@@ -125,7 +125,10 @@ rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double*
   if (count) {
     S in[F::kInputs + 1][4], out[F::kOutputs + 1][4], noise[4], row_in[F::kRowInputs + 1];
     for (int k = 0; k < F::kInputs; k++) read_four(job.in[k], row * job.in[k].row_stride + column, count, in[k]);
-    for (int k = 0; k < F::kRowInputs; k++) row_in[k] = read_one(job.row_in[k], looked_up(job.row_in[k], row) * job.row_in[k].row_stride, S{});
+    for (int k = 0; k < F::kRowInputs; k++) {
+      const Array& a = job.row_in[k];
+      row_in[k] = read_one(a, looked_up(a, row) * a.row_stride, S{});
+    }
     if constexpr (has_noise<F>) {
       const uint64_t first = job.keys.stride ? column : row * job.width + column;
       four_of_stream(job.f.noise, job.keys.of(row), first, noise);

@@ -46,14 +46,13 @@ class Sampler:
         name = type(self).__name__
         if schedule.kind not in self.kinds:
             raise ValueError(f"{name}: serves schedules that are {' or '.join(self.kinds)}, got {schedule.kind}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"{name}: clip must be positive, got {clip}")
         self.schedule, self.clip = schedule, clip
-        self.grid = self._grid(
+        self.grid = schedule.grid(
             steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final=final, offset=offset,
             spare=self.spare, exploding=self.exploding,
         )  # fmt: skip
-
-    def _grid(self, steps, **options):
-        return self.schedule.grid(steps, **options)
 
     def rows(self, grid):
         """The Rows of all model evaluations over a Grid."""
@@ -118,6 +117,8 @@ class Sampler:
         progress        a progress bar; needs tqdm
         """
         name = type(self).__name__
+        if start is not None and image is not None:
+            raise ValueError(f"{name}.sample: give start or image, not both")
         given = start if start is not None else image
         if shape is None:
             if given is None:
@@ -126,8 +127,12 @@ class Sampler:
         shape = torch.Size(shape)
         if given is not None and given.shape != shape:
             raise ValueError(f"{name}.sample: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
-        if mask is not None and (image is None or start is not None):
-            raise ValueError(f"{name}.sample: mask needs image, and no start")
+        if mask is not None and image is None:
+            raise ValueError(f"{name}.sample: mask needs image")
+        if key is not None:
+            random.check_key(f"{name}.sample", key)
+            if key.dim() == 2 and key.shape[0] != shape[0]:
+                raise ValueError(f"{name}.sample: one key per sample needs key ({shape[0]}, 2), got {tuple(key.shape)}")
         if not 0 < strength <= 1:
             raise ValueError(f"{name}.sample: strength must be in (0, 1], got {strength}")
         if unconditional is not None and guidance_scale is None:
@@ -165,7 +170,7 @@ class Sampler:
         times = times[:, None].expand(-1, doubled[0]).to(device)
         history = [torch.zeros_like(x) for _ in range(self.history)]  # the latest first
         scaled = (x * rows[0].scale).to(model_dtype)
-        model_input = torch.cat([scaled, scaled]) if guided else scaled.clone() if scaled is x else scaled
+        model_input = torch.cat([scaled, scaled]) if guided else scaled
 
         samples = torch.arange(shape[0], device=x.device)
         for i in _progress(range(len(rows)), progress, name):
@@ -180,6 +185,8 @@ class Sampler:
                 draw = keys[i + 1]
             elif noisy[i]:
                 given = noise(i).to(x)
+                if given.shape != shape:
+                    raise ValueError(f"{name}.sample: noise must have shape {tuple(shape)}, got {tuple(given.shape)}")
             last = i + 1 == len(rows)
             chosen, steps = table, None
             if guided and guidance_rescale:

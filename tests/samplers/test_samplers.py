@@ -318,6 +318,10 @@ def test_refusals():
         (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), unconditional={})),
         (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), mask=torch.ones(3))),
         (ValueError, lambda: DDIM(PRESERVING).sample(lambda x, t: x[:1], (2, 3))),
+        (ValueError, lambda: DDIM(PRESERVING, clip=-1.0)),
+        (ValueError, lambda: DDPM(PRESERVING, 4).sample(model, start=torch.zeros(3, 2), key=random.split(random.key(0), 2))),
+        (ValueError, lambda: DDPM(PRESERVING, 4).sample(model, start=torch.zeros(3, 2), noise=lambda i: torch.zeros(1, 2))),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, start=torch.zeros(3, 2), image=torch.zeros(3, 2))),
     ]:
         with pytest.raises(error):
             call()
