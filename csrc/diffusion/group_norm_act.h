@@ -1,6 +1,8 @@
 // group_norm_act: y = act((norm(x + pre_bias) * weight + bias) * (1 + scale) + shift), norm over the elements of a group of
 // channels of one sample (Wu & He, 2018). x may lie in two tensors that follow each other along the channels.
 #pragma once
+#include <algorithm>
+
 #include "rows.h"
 
 namespace gk {
@@ -10,7 +12,7 @@ struct GroupNorm {               // trivially copyable, so that it can be a CUDA
   Array weight, bias;            // (channels,); data null: absent
   Array pre_bias, scale, shift;  // (samples, channels); data null: absent
   int64_t samples, channels, channels_of_x, pixels, groups;
-  double eps;
+  double eps, inverse_size;  // 1 / elements of a group
   bool silu;
   GK_FN int64_t channels_per_group() const { return channels / groups; }
 };
@@ -52,6 +54,7 @@ class GroupNormCall {
     job.weight = flat(weight), job.bias = flat(bias), job.pre_bias = flat(pre_bias), job.scale = flat(scale),
     job.shift = flat(shift);
     job.groups = groups, job.eps = eps, job.silu = silu;
+    job.inverse_size = 1.0 / static_cast<double>(std::max<int64_t>(1, job.channels_per_group() * job.pixels));
   }
   GroupNorm job{};
   bool is_double() const { return job.x.storage == Storage::kDouble; }

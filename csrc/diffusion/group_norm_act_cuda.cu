@@ -63,8 +63,9 @@ struct Statistics {
 
   __device__ __forceinline__ Statistics(const Group<S>& group, double* shared) {
     const int thread = static_cast<int>(threadIdx.x), n = group.size;
+    const double inverse = group.job.inverse_size;
     const double sum = long_sum<S>(thread, n, kThreads, [&](int i) { return group.u(i, i / group.pixels); });
-    centre = static_cast<S>(block_sum(sum, shared) / n);
+    centre = static_cast<S>(block_sum(sum, shared) * inverse);
     const double rest =
         block_sum(long_sum<S>(thread, n, kThreads, [&](int i) { return group.u(i, i / group.pixels) - centre; }), shared);
     const double square = block_sum(long_sum<S>(thread, n, kThreads,
@@ -73,11 +74,10 @@ struct Statistics {
                                                   return d * d;
                                                 }),
                                     shared);
-    double variance = (square - rest * rest / n) / n;
+    double variance = (square - rest * rest * inverse) * inverse;
     variance = variance < 0 ? 0 : variance;  // keeps NaN
-    const double r = 1 / sqrt(variance + group.job.eps);
-    rstd = static_cast<S>(r);
-    offset = static_cast<S>(-rest / n * r);
+    rstd = 1 / sqrt(static_cast<S>(variance + group.job.eps));
+    offset = static_cast<S>(-rest * inverse) * rstd;
   }
 };
 
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job,
     put<S>(d.shift, row, sum_dz[row]);
     put<S>(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
   }
-  const double mean_g = block_sum(g, shared[0]) / group.size, mean_g_xhat = block_sum(g_xhat, shared[0]) / group.size;
+  const double mean_g = block_sum(g, shared[0]) * job.inverse_size, mean_g_xhat = block_sum(g_xhat, shared[0]) * job.inverse_size;
   for (int channel = thread; channel < group.channels; channel += kThreads) {
     const int64_t row = group.row(channel);
     const double gradient = Affine<S>(group, channel).a * sum_dz[row] - mean_g * group.pixels - mean_g_xhat * sum_xhat[row];
