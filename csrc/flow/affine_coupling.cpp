@@ -66,37 +66,38 @@ struct SoftClipScale {  // ln s = u / (1 + |u| / limit)
 
 // ---- rows: x, shift, raw scale (and mask, the same for all rows) of the transformed elements
 
-template <class Scale, bool kInverse, bool kShiftFirst, bool kMask>
+template <class Scale, bool kMask>
 struct Coupling {
   static constexpr int kInputs = 3 + kMask, kRowInputs = 0, kOutputs = 1, kSums = 1;
   NoNoise noise;
   Scale map;
+  bool inverse, shift_first;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V* out, V* term) const {
     const V x = in[0], t = in[1];
     const Scaled<V> s = map(in[2]);
-    out[0] =
-        kInverse ? (kShiftFirst ? x / s.scale - t : (x - t) / s.scale) : (kShiftFirst ? (x + t) * s.scale : fma(x, s.scale, t));
-    term[0] = kInverse ? -s.log_scale : s.log_scale;
+    out[0] = inverse ? (shift_first ? x / s.scale - t : (x - t) / s.scale) : (shift_first ? (x + t) * s.scale : fma(x, s.scale, t));
+    term[0] = inverse ? -s.log_scale : s.log_scale;
     if constexpr (kMask) out[0] = in[3] == 0 ? x : out[0], term[0] = in[3] == 0 ? V{} : term[0];
   }
 };
 
-template <class Scale, bool kInverse, bool kShiftFirst, bool kMask>
+template <class Scale, bool kMask>
 struct CouplingBackward {
   static constexpr int kInputs = 4 + kMask, kRowInputs = 1, kOutputs = 3, kSums = 0;
   NoNoise noise;
   Scale map;
+  bool inverse, shift_first;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
     const V x = in[0], t = in[1], grad = in[3];
     const Scaled<V> s = map(in[2]);
-    const V through = kInverse ? grad / s.scale : grad * s.scale;
-    const V moved = kInverse == kShiftFirst ? x : (kInverse ? x - t : x + t);  // what is scaled
+    const V through = inverse ? grad / s.scale : grad * s.scale;
+    const V moved = inverse == shift_first ? x : (inverse ? x - t : x + t);  // what is scaled
     const V to_log = fma(through, moved, row[0]);
     out[0] = through;
-    out[1] = kInverse ? (kShiftFirst ? -grad : -through) : (kShiftFirst ? through : grad);
-    out[2] = (kInverse ? -to_log : to_log) * s.turn;
+    out[1] = inverse ? (shift_first ? -grad : -through) : (shift_first ? through : grad);
+    out[2] = (inverse ? -to_log : to_log) * s.turn;
     if constexpr (kMask)
       out[0] = in[4] == 0 ? grad : out[0], out[1] = in[4] == 0 ? V{} : out[1], out[2] = in[4] == 0 ? V{} : out[2];
   }
@@ -131,13 +132,6 @@ void with_scale(int64_t scale, double limit, const Run& run) {
   }
 }
 
-template <class Run>
-void with_flags(bool inverse, bool shift_first, bool mask, const Run& run) {
-  const auto with_mask = [&](auto a, auto b) { mask ? run(a, b, std::true_type{}) : run(a, b, std::false_type{}); };
-  const auto with_order = [&](auto a) { shift_first ? with_mask(a, std::true_type{}) : with_mask(a, std::false_type{}); };
-  inverse ? with_order(std::true_type{}) : with_order(std::false_type{});
-}
-
 struct Halves {  // of the columns of params: shift and raw scale; x is transformed from column `kept` on
   RowShape shape;
   int64_t kept;
@@ -164,12 +158,13 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor 
   const Halves halves(x_rows, param_rows, scale_first);
   pass_through(x_rows, y_rows, halves, x);
   with_scale(scale, limit, [&](auto map) {
-    with_flags(inverse, shift_first, mask.has_value(), [&](auto a, auto b, auto c) {
-      using F = Coupling<decltype(map), a(), b(), c()>;
+    const auto with_mask = [&](auto c) {
+      using F = Coupling<decltype(map), c()>;
       Arrays<F::kInputs> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows)};
       if constexpr (c()) in[3] = mask_of(mask);
-      run_rows(F{{}, map}, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {per_row(log_det)}, x);
-    });
+      run_rows(F{{}, map, inverse, shift_first}, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {per_row(log_det)}, x);
+    };
+    mask ? with_mask(std::true_type{}) : with_mask(std::false_type{});
   });
   return {y, log_det};
 }
@@ -181,14 +176,15 @@ std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det,
   const Halves halves(x_rows, param_rows, scale_first);
   pass_through(grad_rows, d_x_rows, halves, x);
   with_scale(scale, limit, [&](auto map) {
-    with_flags(inverse, shift_first, mask.has_value(), [&](auto a, auto b, auto c) {
-      using F = CouplingBackward<decltype(map), a(), b(), c()>;
+    const auto with_mask = [&](auto c) {
+      using F = CouplingBackward<decltype(map), c()>;
       Arrays<F::kInputs> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows),
                             grad_rows.columns(halves.kept)};
       if constexpr (c()) in[4] = mask_of(mask);
       const Arrays<3> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows)};
-      run_rows(F{{}, map}, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
-    });
+      run_rows(F{{}, map, inverse, shift_first}, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
+    };
+    mask ? with_mask(std::true_type{}) : with_mask(std::false_type{});
   });
   return {d_x, d_params};
 }
