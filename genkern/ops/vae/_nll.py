@@ -18,8 +18,8 @@ def bernoulli_nll(logits, x):
 
     logits, x   (N, ...) of one shape, float32, float64, bfloat16, float16, also mixed. x is data: it has no gradient
 
-    float32 (float64 if an input is), summed in double precision on the CPU; differentiable to any order in logits. TypeError, ValueError on
-    anything else.
+    The result is float32 (float64 if an input is). Differentiable to any order in logits. TypeError, ValueError on anything
+    else.
     """
     _check("bernoulli_nll", "logits", logits, x)
     return _bernoulli(*same_precision((logits, x)))
