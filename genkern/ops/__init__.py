@@ -16,6 +16,7 @@ from genkern.ops.flow._affine_coupling import affine_coupling
 from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_spline
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
+from genkern.ops.vae._nll import bernoulli_nll, gaussian_nll
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
 __all__ = [
