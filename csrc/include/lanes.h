@@ -289,9 +289,14 @@ GK_FN void store_first(float* p, lane_f32 x, int count) {
 }
 GK_FN double sum_lanes(double x) { return x; }
 GK_FN double sum_lanes(lane_f32 x) {  // fixed order
+#if defined(__AVX512F__)
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+#else
   double total = 0;
   for (int i = 0; i < kLanes; i++) total += static_cast<double>(x[i]);
   return total;
+#endif
 }
 GK_FN lane_f32 keep_first(lane_f32 x, int count) {  // the others become zero
   lane_i32 index;

@@ -3,7 +3,7 @@
 import torch
 
 from genkern import ops
-from genkern.ops.autoregressive._masked_conv import check_channels, check_kernel
+from genkern.ops.autoregressive._masked_conv2d import check_channels, check_kernel
 
 
 class MaskedConv2d(torch.nn.Conv2d):

@@ -1,9 +1,9 @@
 """Ops: functions on tensors, one file each, on every backend."""
 
-from genkern.ops.autoregressive._causal_conv import causal_conv1d, causal_conv1d_update
+from genkern.ops.autoregressive._causal_conv1d import causal_conv1d, causal_conv1d_update
 from genkern.ops.autoregressive._discretized_mix_logistic import discretized_mix_logistic_nll, discretized_mix_logistic_sample
 from genkern.ops.autoregressive._gated_activation import gated_activation
-from genkern.ops.autoregressive._masked_conv import masked_conv2d
+from genkern.ops.autoregressive._masked_conv2d import masked_conv2d
 from genkern.ops.autoregressive._mu_law import mu_law_decode, mu_law_encode
 from genkern.ops.autoregressive._sample_tokens import sample_tokens
 from genkern.ops.diffusion._denoising_loss import denoising_loss
@@ -16,7 +16,6 @@ from genkern.ops.flow._affine_coupling import affine_coupling
 from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_spline
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
-from genkern.ops.vae._nll import bernoulli_nll, gaussian_nll
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
 __all__ = [

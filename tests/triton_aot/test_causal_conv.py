@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 
-from genkern.ops.autoregressive import _causal_conv_triton as conv  # noqa: E402
+from genkern.ops.autoregressive import _causal_conv1d_triton as conv  # noqa: E402
 from genkern.ops.autoregressive import _gated_activation_triton as gate  # noqa: E402
 
 each_arch = pytest.mark.parametrize("arch", [80, 90])

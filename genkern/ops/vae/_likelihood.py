@@ -57,8 +57,8 @@ def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
 
     so the logarithm needs no difference of neighbouring numbers: softplus(-a) + softplus(b) - ln(1 - e^-d), exact in both tails.
 
-    mu, log_scale, x    (N, ...) of one shape; x is data on the grid -1, -1 + 2h, ..., 1 (not looked at); where it requires a gradient, the
-                        reference serves
+    mu, log_scale, x    (N, ...) of one shape; x is data on the grid -1, -1 + 2h, ..., 1 (not looked at); where it requires a
+                        gradient, the reference serves
     levels              at least 2
 
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in mu and

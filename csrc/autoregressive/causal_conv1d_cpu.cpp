@@ -5,7 +5,7 @@
 // A unit of work is a row forward and a channel backward, so sums do not depend on the number of threads.
 #include <utility>
 
-#include "causal_conv.h"
+#include "causal_conv1d.h"
 
 namespace gk {
 namespace {

@@ -1,7 +1,7 @@
 // causal_conv1d, depthwise, on CUDA. Forward: a thread per output, neighbouring outputs in neighbouring threads. Backward in three
 // passes: the gradient before the activation; that of x and the state, a thread per element; those of the weight and the bias, a
 // block per channel and tap, whose threads meet in a fixed tree in double. No atomics.
-#include "causal_conv.h"
+#include "causal_conv1d.h"
 
 namespace gk {
 namespace {
