@@ -195,11 +195,11 @@ def train(argv):
 
 @command
 def sample(argv):
-    """Draw samples from a trained model into a PNG grid (or .npy): genkern sample run --n 64 [--label 3] --out grid.png"""
+    """Draw samples from a trained model into a PNG grid (or .npy, .txt): genkern sample run --n 64 [--label 3] --out grid.png"""
     parser = _run_parser("sample", sample)
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--label", type=int, help="of the class, for a model of classes; by default all in turn")
-    parser.add_argument("--out", default="samples.png", help="a .png, or .npy for the numbers themselves")
+    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text")
     arguments = parser.parse_args(argv)
     with _words("sample"):
         if arguments.n < 1:
@@ -211,6 +211,12 @@ def sample(argv):
 
             values = _draw(model, arguments.n, arguments.seed, arguments.label).cpu().numpy()
             _picture(out, lambda file, **_: np.save(file, values))
+        elif out.suffix == ".txt":
+            lines = _draw(model, arguments.n, arguments.seed, arguments.label).cpu()
+            if lines.dim() != 2 or lines.is_floating_point():
+                raise ValueError(f"the samples of a {type(model).__name__} are no text")
+            text = b"\n\n".join(bytes(line) for line in lines.tolist())
+            _picture(out, lambda file, **_: file.write(text + b"\n"))
         else:
             _picture(out, _samples(model, arguments.n, arguments.seed, arguments.label).save)
         print(f"wrote {out}")
@@ -331,8 +337,8 @@ def _picture(path, save, **settings):
 
     from genkern.models._base import write
 
-    if path.suffix not in (".png", ".npy"):
-        raise ValueError(f"the file must end in .png, got {path}")
+    if path.suffix not in (".png", ".npy", ".txt"):
+        raise ValueError(f"the file must end in .png, .npy or .txt, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     file = io.BytesIO()

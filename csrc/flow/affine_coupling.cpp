@@ -24,7 +24,7 @@ struct SigmoidScale {  // s = sigmoid(u + 2)
   template <class V>
   GK_FN Scaled<V> operator()(V u) const {
     const V a = u + 2, e = exp(a < 0 ? a : -a), small = e / (e + 1), large = 1 / (e + 1);
-    return {a < 0 ? small : large, (a < 0 ? a : V{}) - log1p(e), a < 0 ? large : small};
+    return {a < 0 ? small : large, (a < 0 ? a : V{}) - log1p_of_unit(e), a < 0 ? large : small};
   }
 };
 template <class V>

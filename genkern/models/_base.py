@@ -104,6 +104,8 @@ class Model(torch.nn.Module):
                     if hasattr(self, name):
                         step_key = random.fold_in(key, start)
                         values[name] = getattr(self, name)(x, key=step_key, **conditions).mean()
+                if values.get("bits_per_dim") is not None and values["bits_per_dim"].isnan():
+                    del values["bits_per_dim"]  # the likelihood is no probability of the levels
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(x)
         return {name: total / len(inputs) for name, total in sums.items()}

@@ -128,7 +128,7 @@ def test_fits_a_data_set():
 
 
 def test_save_and_load(tmp_path):
-    model, (x, labels), key = small(schedule="linear", weighting="min_snr"), images(4), random.key(3)
+    model, (x, labels), key = small(noise_schedule="linear", weighting="min_snr"), images(4), random.key(3)
     model.save_pretrained(tmp_path)
     loaded = models.load(tmp_path)
     assert loaded.config == model.config and loaded(x, labels=labels, key=key).loss == model(x, labels=labels, key=key).loss
@@ -136,7 +136,7 @@ def test_save_and_load(tmp_path):
 
 @pytest.mark.parametrize(
     "settings, words",
-    [({"size": 7}, "multiple of 2"), ({"width": 12}, "width"), ({"target": "score"}, "score"), ({"schedule": "fast"}, "fast")],
+    [({"size": 7}, "multiple of 2"), ({"width": 12}, "width"), ({"target": "score"}, "score"), ({"noise_schedule": "fast"}, "fast")],
 )
 def test_wrong_settings_are_refused_in_words(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -1,5 +1,7 @@
 """Sequences of tokens, one after another: what CharLSTM and GPT share."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -15,18 +17,25 @@ class Tokens:
     state is None the start symbol is put first and T' = T + 1, else T' = T.
     """
 
-    def forward(self, batch):
-        """.loss: -log p per token, the mean over the batch, nats; .parts: nll, the same. batch (N, T): integers, such as bytes."""
+    def forward(self, batch, *, key=None):
+        """.loss: -log p per token, the mean over the batch, nats; .parts: nll, the same. batch (N, T): integers, such as bytes.
+
+        key: taken from the shared training loop; the loss draws nothing.
+        """
         nll = -self.log_prob(batch).mean() / batch.shape[1]
         return Output(nll, {"nll": nll.detach()})
 
-    def log_prob(self, batch):
-        """log p(x), nats per sequence: (N,). With gradients."""
+    def log_prob(self, batch, *, key=None):
+        """log p(x), nats per sequence: (N,). With gradients. key: of bounds that draw; this is exact."""
         tokens = self._checked(batch)
         if tokens.shape[1] == 0:
             raise ValueError(f"{type(self).__name__}: sequences must hold a token, got shape {tuple(batch.shape)}")
         logits, _ = self._run(tokens[:, :-1], None)
         return -F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none").sum(1)
+
+    def bits_per_dim(self, batch, *, key=None):
+        """-log p / (T ln 2): bits per token, (N,); of bytes, bits per character."""
+        return -self.log_prob(batch) / (batch.shape[1] * math.log(2))
 
     @torch.no_grad()
     def step(self, tokens, state=None):
@@ -64,10 +73,12 @@ class Tokens:
             result.append(new)
         return torch.cat(result, 1)
 
-    def sample(self, n, *, length=64, key=None, generator=None, **filters):
-        """n sequences of `length` tokens from the start symbol on: int64 (n, length)."""
-        empty = torch.empty(n, 0, dtype=torch.int64, device=next(self.parameters()).device)
-        return self.generate(empty, length, key=key, generator=generator, **filters)
+    def sample(self, n, *, length=64, key=None, generator=None, batch_size=256, **filters):
+        """n sequences of `length` tokens from the start symbol on: int64 (n, length), each with a key of its own."""
+        keys = self.sample_keys(n, key, generator)
+        empty = keys.new_empty(n, 0)
+        batches = zip(empty.split(batch_size), keys.split(batch_size), strict=True)
+        return torch.cat([self.generate(start, length, key=k, **filters) for start, k in batches])
 
     def _check_length(self, length):
         pass
@@ -88,3 +99,8 @@ class Tokens:
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and ((tokens < 0) | (tokens >= size)).any():
             raise ValueError(f"{name}: tokens must be in 0..{size - 1}, found {int(tokens.min())}..{int(tokens.max())}")
         return tokens
+
+
+def check_text(name, data):
+    if len(data.shape) != 1 or data.levels != 255:
+        raise ValueError(f"{name}: needs a text, read as bytes (a file: --data book.txt), got {data.name} of shape {tuple(data.shape)}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from genkern.models._base import Model, Training
-from genkern.models.autoregressive._tokens import Tokens
+from genkern.models.autoregressive._tokens import Tokens, check_text
 
 
 @dataclass
@@ -21,6 +21,11 @@ class CharLSTM(Tokens, Model):
 
     Config = CharLSTMConfig
     training = Training(learning_rate=2e-3, clip_grad_norm=5.0)
+
+    @classmethod
+    def config_for(cls, data, **settings):
+        check_text(cls.__name__, data)
+        return cls.Config(**settings)
 
     def __init__(self, config):
         super().__init__(config)

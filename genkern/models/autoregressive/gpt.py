@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genkern.models._base import Model, Training
-from genkern.models.autoregressive._tokens import Tokens
+from genkern.models.autoregressive._tokens import Tokens, check_text
 
 
 @dataclass
@@ -29,6 +29,11 @@ class GPT(Tokens, Model):
 
     Config = GPTConfig
     training = Training(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=1.0)
+
+    @classmethod
+    def config_for(cls, data, **settings):
+        check_text(cls.__name__, data)
+        return cls.Config(**{"context": data.shape[0], **settings})
 
     def __init__(self, config):
         super().__init__(config)

@@ -30,7 +30,7 @@ class DDPMConfig:
     blocks: int = 1  # residual blocks at each resolution
     heads: int = 4
     timesteps: int = 1000
-    schedule: str = "cosine"  # Nichol & Dhariwal (2021); or "linear": the betas of Ho et al. (2020)
+    noise_schedule: str = "cosine"  # Nichol & Dhariwal (2021); or "linear": the betas of Ho et al. (2020)
     target: str = "v"  # what the network predicts: "eps", "x0" or "v" (genkern.ops.q_sample)
     weighting: str | None = None  # of the loss (genkern.ops.denoising_loss)
     label_dropout: float = 0.1
@@ -58,11 +58,11 @@ class DDPM(Model):
             raise ValueError(f"DDPM: levels must be in 1..255, got {c.levels}")
         if c.width < GROUPS or c.width % GROUPS or c.width % c.heads:
             raise ValueError(f"DDPM: width must be a multiple of {GROUPS} and of heads, got {c.width}")
-        for name, value, known in (("schedule", c.schedule, SCHEDULES), ("target", c.target, TARGETS)):
+        for name, value, known in (("noise_schedule", c.noise_schedule, SCHEDULES), ("target", c.target, TARGETS)):
             if value not in known:
                 raise ValueError(f"DDPM: {name} must be one of {', '.join(known)}, got {value!r}")
         self.unet = UNet(c.channels, c.width, c.resolutions, c.blocks, c.classes, c.heads)
-        table = torch.tensor(alphas_cumprod(c.schedule, c.timesteps), dtype=torch.float32)
+        table = torch.tensor(alphas_cumprod(c.noise_schedule, c.timesteps), dtype=torch.float32)
         self.register_buffer("alphas_cumprod", table, persistent=False)
 
     def forward(self, batch, *, labels=None, key=None, generator=None):
@@ -116,7 +116,7 @@ class DDPM(Model):
         return torch.lerp(without, with_label, guidance_scale)
 
     def _denoise(self, keys, labels, steps, eta, guidance_scale):
-        c, table = self.config, alphas_cumprod(self.config.schedule, self.config.timesteps)
+        c, table = self.config, alphas_cumprod(self.config.noise_schedule, self.config.timesteps)
         shape = (len(keys), c.channels, c.size, c.size)
         times = [round((c.timesteps - 1) * (1 - i / steps)) for i in range(steps)]
         x = random.normal(random.fold_in(keys, 0), shape, device=keys.device)
