@@ -89,9 +89,7 @@ def test_eval_and_traverse(run, tmp_path, capsys):
 
 def test_the_vae_by_the_command_line(tmp_path, capsys):
     assert (
-        main(
-            ["train", "toy-vae", "--data", "digits", "--out", str(tmp_path / "run"), "--epochs", "1", "--latent", "3", "--beta", "0.5"]
-        )
+        main(["train", "vae", "--data", "digits", "--out", str(tmp_path / "run"), "--epochs", "1", "--latent", "3", "--beta", "0.5"])
         == 0
     )
     model = genkern.load(tmp_path / "run")
@@ -101,8 +99,26 @@ def test_the_vae_by_the_command_line(tmp_path, capsys):
     values = json.loads(capsys.readouterr().out)
     assert values["loss"] == pytest.approx(values["nll"] + 0.5 * values["kl"]) and values["log_prob"] < 0
     assert main(["sample", str(tmp_path / "run"), "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
-    assert "has no latent directions" in refused(capsys, "traverse", tmp_path / "run", "--out", tmp_path / "t.png")
-    assert "does not say how it fits" in refused(capsys, "train", "vae", "--data", "digits", "--out", tmp_path / "new")
+    assert main(["traverse", str(tmp_path / "run"), "--out", str(tmp_path / "t.png"), "--steps", "4"]) == 0
+    with Image.open(tmp_path / "t.png") as grid:
+        assert grid.size[0] * 3 == grid.size[1] * 4  # a row for each of the three directions
+
+
+def test_a_text_by_the_command_line(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 100)
+    run = str(tmp_path / "run")
+    settings = ["--epochs", "1", "--width", "8", "--layers", "1", "--window", "16", "--batch-size", "16"]
+    assert main(["train", "char-lstm", "--data", str(tmp_path / "book.txt"), "--out", run, *settings]) == 0
+    assert main(["sample", run, "--n", "2", "--out", str(tmp_path / "text.txt")]) == 0
+    assert len((tmp_path / "text.txt").read_bytes()) == 2 * 64 + 3
+    capsys.readouterr()
+    assert main(["eval", run, "--json"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["bits_per_dim"] < 9
+
+
+def test_commands_that_a_model_cannot_serve(run, tmp_path, capsys):
+    assert "no text" in refused(capsys, "sample", run, "--out", tmp_path / "t.txt")
+    assert "needs a text" in refused(capsys, "train", "gpt", "--data", "digits", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -6,7 +6,6 @@ import torch
 
 import genkern
 import genkern.data
-from genkern.models import VAE, VAEConfig
 from genkern.models._base import Model, Output, Training, ink
 
 
@@ -76,17 +75,6 @@ class ToyImagesConfig:
     levels: int = 16
     classes: int = 10
     scale: float = 0.5
-
-
-class ToyVAE(VAE):
-    """The library's VAE, fitted to a data set."""
-
-    training = Training(epochs=2, batch_size=128, ema=0.9)
-
-    @classmethod
-    def config_for(cls, data, **settings):
-        shape = {"channels": data.shape[0], "size": data.shape[1], "levels": data.levels}
-        return VAEConfig(**{**shape, "width": 4, "hidden": 32, **settings})
 
 
 class ToyImages(Model):
