@@ -44,7 +44,8 @@ struct SoftplusScale {  // s = softplus(u) + 1e-3
   double limit;
   template <class V>
   GK_FN Scaled<V> operator()(V u) const {
-    return above(softplus(u), sigmoid(u), 1e-3);
+    const V e = exp(u < 0 ? u : -u), one = splat<V>(1);
+    return above((u < 0 ? V{} : u) + log1p_of_unit(e), (u < 0 ? e : one) / (e + 1), 1e-3);
   }
 };
 struct TanhScale {  // ln s = limit tanh(u)
