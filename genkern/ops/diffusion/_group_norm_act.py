@@ -129,7 +129,7 @@ CASES = (
         eager=_eager,
         bytes=lambda shape, size: 3 * size * math.prod(shape),
         bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
-        bench_shapes=((8, 32, 8, 8), (2, 320, 64, 64), (2, 640, 32, 32), (1, 128, 256, 256)),
+        bench_shapes=((8, 32, 8, 8), (16, 64, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32), (1, 128, 256, 256)),
         bench_variant={"activation": "silu"},
     ),
 )
