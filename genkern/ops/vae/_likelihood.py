@@ -121,7 +121,6 @@ _bernoulli = Op(
     reference=_bernoulli_reference,
     fake=_fake,
     differentiable=("logits",),
-    eager_below=1024,  # one call of torch there, which needs no autograd function of ours
 )
 _gaussian = Op(
     "gaussian_nll",
