@@ -22,8 +22,8 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
 
     float32, float64, bfloat16, float16; mixed types are promoted. Made of torch's convolutions over the live taps, so it runs on
     every device, follows autocast, and rounds the sums of its two or three parts to the result's type. On the CPU that is ahead of
-    a convolution with a masked weight from 5x5 on with many channels, and behind it at 3x3 or with few. TypeError, ValueError on anything else. Differentiable
-    to any order.
+    a convolution with a masked weight from 5x5 on with many channels, and behind it at 3x3 or with few. TypeError, ValueError on
+    anything else. Differentiable to any order.
     """
     op = "masked_conv2d"
     check_float(op, "x", x, 4)
