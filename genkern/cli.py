@@ -375,6 +375,7 @@ def _processes():
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield torch.distributed.get_rank(), world
+        torch.distributed.barrier()  # the first process keeps the store: it must not leave while another still talks
     finally:
         torch.distributed.destroy_process_group()
 

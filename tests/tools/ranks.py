@@ -1,5 +1,6 @@
 """Train and sample in however many processes the launcher started; each writes what it has: python ranks.py FOLDER."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -26,6 +27,8 @@ def main(folder):
         found.update({f"accelerate/{name}": x.clone() for name, x in accelerated(rank, world).items()})
     safetensors.torch.save_file(found, folder / f"{world}-{rank}.safetensors")
     if world > 1:
+        gc.collect()  # wrappers of DistributedDataParallel hold on to the group
+        torch.distributed.barrier()  # the first process keeps the store: it must not leave while the other still talks
         torch.distributed.destroy_process_group()
 
 
