@@ -57,11 +57,12 @@ def info(argv):
         if not entry["built"]:
             print(f"  {part:9} not built: {entry['why'].strip().splitlines()[-1]}\n            mend: {entry['mend']}")
     device_types = list(report["active"])
-    print(f"\n{'op':24}" + "".join(f"{d:12}" for d in device_types) + "why not the fast one")
+    width = max(map(len, report["ops"])) + 2
+    print(f"\n{'op':{width}}" + "".join(f"{d:12}" for d in device_types) + "why not the fast one")
     for op in report["ops"]:
         active = [report["active"][d][op] for d in device_types]
         why = next((a["why"] for a in active if a["why"]), "")
-        print(f"{op:24}" + "".join(f"{a['backend']:12}" for a in active) + why)
+        print(f"{op:{width}}" + "".join(f"{a['backend']:12}" for a in active) + why)
 
 
 def collect_info():
