@@ -151,7 +151,7 @@ def train(argv):
     from genkern.models._base import Training
 
     chosen = {}
-    for owner, defaults in ((Training, kind.training), (kind.Config, None)):
+    for owner, defaults in ((Training, kind.defaults), (kind.Config, None)):
         group = parser.add_argument_group("training" if owner is Training else f"{kind.__name__}, by default fitted to the data")
         hints = typing.get_type_hints(owner)
         for field in dataclasses.fields(owner):

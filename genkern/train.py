@@ -257,7 +257,7 @@ class _Swapped:
 
 
 def _settings(model, training):
-    defaults = type(model).training if hasattr(type(model), "Config") else Training()
+    defaults = getattr(model, "defaults", Training())
     known = {field.name for field in dataclasses.fields(Training)}
     if unknown := sorted(training.keys() - known):
         raise TypeError(f"fit: no setting {', '.join(unknown)}; Training has {', '.join(sorted(known))}")

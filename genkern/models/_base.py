@@ -43,7 +43,7 @@ class Model(torch.nn.Module):
     """A module made from one config dataclass, which `Config` names, and saved as config.json and model.safetensors.
 
     What a model states about itself for the shared tools (genkern.train and the command line):
-    training     its Training defaults (of the class; an instance's .training is torch's switch of the mode)
+    defaults     its Training: how it is trained where the user says nothing else
     conditions   names of the keyword arguments of forward, sample and log_prob that a data set supplies, such as ("labels",)
     config_for   how it fits a data set
     objectives   its losses and their parameters, where there are several
@@ -57,7 +57,7 @@ class Model(torch.nn.Module):
     """
 
     Config: type
-    training = Training()
+    defaults = Training()
     conditions: tuple = ()
 
     @classmethod

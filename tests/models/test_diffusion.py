@@ -124,7 +124,7 @@ def test_trains_under_autocast():
 def test_fits_a_data_set():
     config = DDPM.config_for(SimpleNamespace(shape=(1, 8, 8), levels=16, classes=10), width=16)
     assert (config.size, config.levels, config.classes, config.width) == (8, 16, 10, 16)
-    assert DDPM.training.ema is not None and DDPM.conditions == ("labels",)
+    assert DDPM.defaults.ema is not None and DDPM.conditions == ("labels",)
 
 
 def test_save_and_load(tmp_path):

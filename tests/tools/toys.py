@@ -20,7 +20,7 @@ class ToyDenoiser(Model):
     """Learns to take noise from points: keyed noise per sample, dropout without a key, labels where there are some."""
 
     Config = ToyConfig
-    training = Training(epochs=3, batch_size=16, learning_rate=1e-2)
+    defaults = Training(epochs=3, batch_size=16, learning_rate=1e-2)
 
     @classmethod
     def config_for(cls, data, **settings):
@@ -81,7 +81,7 @@ class ToyImages(Model):
     """Images from labels: an independent normal per pixel and class, with a likelihood."""
 
     Config = ToyImagesConfig
-    training = Training(epochs=2, batch_size=200, learning_rate=5e-2)
+    defaults = Training(epochs=2, batch_size=200, learning_rate=5e-2)
     conditions = ("labels",)
 
     @classmethod

@@ -20,7 +20,7 @@ class CharLSTM(Tokens, Model):
     """CharLSTM(CharLSTMConfig()): embedding, torch.nn.LSTM, linear; sequences (N, T) of any length, figures in nats."""
 
     Config = CharLSTMConfig
-    training = Training(learning_rate=2e-3, clip_grad_norm=5.0)
+    defaults = Training(learning_rate=2e-3, clip_grad_norm=5.0)
 
     @classmethod
     def config_for(cls, data, **settings):

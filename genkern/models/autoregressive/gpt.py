@@ -28,7 +28,7 @@ class GPT(Tokens, Model):
     """
 
     Config = GPTConfig
-    training = Training(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=1.0)
+    defaults = Training(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=1.0)
 
     @classmethod
     def config_for(cls, data, **settings):

@@ -40,7 +40,7 @@ class DDPM(Model):
     """DDPM(DDPMConfig(levels=16, classes=10)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]."""
 
     Config = DDPMConfig
-    training = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=1.0, ema=0.995)
+    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=1.0, ema=0.995)
     conditions = ("labels",)
 
     @classmethod

@@ -43,7 +43,7 @@ class VAE(Model):
     """VAE(VAEConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]; figures in nats."""
 
     Config = VAEConfig
-    training = Training(epochs=100, batch_size=64, learning_rate=1e-3)
+    defaults = Training(epochs=100, batch_size=64, learning_rate=1e-3)
 
     @classmethod
     def config_for(cls, data, **settings):
