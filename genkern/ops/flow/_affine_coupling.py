@@ -77,7 +77,7 @@ def affine_coupling(
 
 
 def additive_coupling(x, shift, *, inverse=False, mask=None):
-    """y = x + shift on the transformed part of x, the rest unchanged (NICE, Dinh et al., 2014, equation 9); its log-determinant is zero.
+    """y = x + shift on the transformed part of x, the rest unchanged (NICE, Dinh et al., 2014, equation 9); log_det is zero.
 
     x           (N, C, ...). Its last channels are transformed, as many as shift has; the first ones pass through
     shift       (N, C', ...), C' <= C

@@ -58,7 +58,7 @@ def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, sh
     convolution, or for all K of a level at once: one batch of small products instead of K, since they depend on parameters alone.
 
     permutation     (..., C, C) P
-    lower, upper    (..., C, C): what lies below the diagonal of L, whose diagonal is one, and above that of U; the rest is not looked at
+    lower, upper    (..., C, C): what lies below the diagonal of L, whose diagonal is one, and above that of U. The rest is not read
     sign            (..., C), 1 or -1
     log_diagonal    (..., C)
     log_scale, shift

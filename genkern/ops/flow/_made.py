@@ -41,8 +41,8 @@ def made_masks(degrees, per_input=1, layout="blocks"):
 
     degrees     of the inputs, a permutation of 1 ... D that says in which order they are generated; then one tensor of degrees for
                 each hidden layer
-    per_input   P numbers for each input, laid out as `layout` says: "blocks": all first ones, all second ones, ... (P D); "interleaved":
-                those of one input together (D P)
+    per_input   P numbers for each input, laid out as `layout` says: "blocks": all first ones, all second ones, ... (P D);
+                "interleaved": those of one input together (D P)
     """
     check_choice("made_masks", "layout", layout, LAYOUTS)
     inputs = degrees[0]

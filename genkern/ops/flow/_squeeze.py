@@ -8,7 +8,7 @@ ORDERS = ("channel", "position")
 
 
 def squeeze(x, factor=2, *, order="channel"):
-    """(N, C, H, W) -> (N, C f^2, H / f, W / f): each f x f square of pixels becomes one pixel (RealNVP, Dinh et al., 2017, section 3.6).
+    """(N, C, H, W) -> (N, C f^2, H / f, W / f): each f x f square becomes one pixel (RealNVP, Dinh et al., 2017, section 3.6).
 
     order   of the new channels: "channel": c f^2 + i f + j for row i and column j of the square, those of one old channel together,
             as torch's pixel_unshuffle, Glow and nflows; "position": (i f + j) C + c, those of one position together, so that
