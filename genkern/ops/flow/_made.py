@@ -67,7 +67,7 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
     degrees         of the inputs and of each hidden layer, as for `made_masks`. Fastest with the degrees of hidden layers sorted
     activation      between the layers, elementwise
     layout          of the outputs, as for `made_masks`
-    bias_of_sample  None, or (N, O) added to the first hidden layer: a condition's part
+    bias_of_sample  None, or (N, O) added to the first layer's sums: a condition's part
 
     Returns x (N, D) and the network's outputs (N, P D) for that x, without a graph: for gradients pass x through the network once.
     Floating-point types of the weights. TypeError, ValueError on bad arguments.
@@ -96,6 +96,8 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
     for done, d in enumerate(order.tolist()):
         rows, seen = slice(done * per_input, (done + 1) * per_input), ends[-1][done]
         params[:, done] = F.linear(states[-1][:, :seen], out_weight[rows, :seen], None if out_bias is None else out_bias[rows])
+        if bias_of_sample is not None and not hidden:
+            params[:, done] += bias_of_sample[:, rows]
         states[0][:, done] = element(d, params[:, done])
         finish_hidden(done + 1)
     back = order.argsort()
