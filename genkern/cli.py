@@ -138,7 +138,7 @@ def train(argv):
     parser = argparse.ArgumentParser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
     parser.add_argument(
-        "--data", required=True, help="digits, photos, topics, plucks; a folder of images or .wav files, a .npy file, any file as text"
+        "--data", required=True, help="digits, photos, topics, plucks, or a folder of images or .wav, a .npy, any file as text"
     )
     parser.add_argument("--window", type=int, help="length of the windows into which text or sound is cut")
     parser.add_argument("--out", required=True, help="folder of the run")

@@ -162,7 +162,7 @@ def _topics(length):
 def _plucks(length):
     """Two minutes at 8 kHz of two strings, plucked every 250 ms with random pitch and loudness (Karplus & Strong, 1983).
 
-    A string is a delay line of one period, first soft noise, then at every turn the mean of neighbours: y[t] = (y[t-p] + y[t-p-1]) d / 2.
+    A string is a delay line of one period: soft noise first, then y[t] = d (y[t-p] + y[t-p-1]) / 2, which dulls and dies away.
     A faint noise and 16 bits make it no easier than a recording.
     """
     rate, seconds, beat = 8000, 120, 2000
