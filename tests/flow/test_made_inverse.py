@@ -24,7 +24,8 @@ def network(degrees, per_input=1, layout="blocks", dtype=torch.float64):
 
 def random_degrees(inputs, *hidden):
     generator = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(0, inputs + 1, (n,), generator=generator)  # also units that see nothing, or that nothing sees
+    ends = torch.tensor([0, inputs, 0])  # units that see nothing, or that nothing sees
+    draw = lambda n: torch.cat([torch.randint(0, inputs + 1, (n - 3,), generator=generator), ends])
     return [torch.randperm(inputs, generator=generator) + 1, *map(draw, hidden)]
 
 
