@@ -83,7 +83,7 @@ def test_log_sigmoid_does_not_underflow(backend):
         ({"layout": "rows"}, ValueError, "layout must be one of"),
         ({"limit": 2.0}, ValueError, "limit must be positive"),
         ({"mask": torch.ones(4)}, TypeError, "mask must be a boolean tensor"),
-        ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, "with a mask params must hold"),
+        ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, "with a mask all 4 channels"),
         ({"log_det": torch.zeros(3)}, ValueError, "log_det must have shape"),
     ],
 )
