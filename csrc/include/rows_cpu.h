@@ -69,8 +69,10 @@ void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t
   }
 }
 inline void write_sum(const Array& a, int64_t row, double total) {
-  if (a.storage == Storage::kDouble) static_cast<double*>(a.data)[row * a.row_stride] = total;
-  else static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
+  if (a.storage == Storage::kDouble)
+    static_cast<double*>(a.data)[row * a.row_stride] = total;
+  else
+    static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
 }
 
 // ---- noise: elements [first, first + count) of a stream in `buffer`, which has room for whole groups around them
@@ -114,7 +116,8 @@ const double* fill_noise(const N& distribution, double* buffer, Key key, uint64_
 // ---- one segment of one row
 
 template <class F, class S>
-GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile], double* sums) {
+GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile],
+                       double* sums) {
   using V = typename Vector<S>::type;
   constexpr int kCount = Lane<V>::kCount;
   const S* in[F::kInputs + 1];
@@ -174,7 +177,8 @@ void unpack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer
   for (int64_t row = 0; row < rows; row++) {
     S* from = buffer + row * width;
     S* to = place(a, row0 + row, 0, from);
-    if (to == from) write(a, row0 + row, 0, from, width);
+    if (to == from)
+      write(a, row0 + row, 0, from, width);
     else
       for (int64_t j = 0; j < width; j++) to[j] = from[j];
   }
@@ -246,13 +250,17 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
       for (int64_t row = row0; row < row0 + rows; row++) {
         const S* row_noise = noise;
         if constexpr (has_noise<F>) {
-          if (job.keys.stride == 0) row_noise = noise + (row - row0) * job.width;
-          else row_noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(row), static_cast<uint64_t>(column), n);
+          if (job.keys.stride == 0)
+            row_noise = noise + (row - row0) * job.width;
+          else
+            row_noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(row), static_cast<uint64_t>(column), n);
         }
         run_segment<F, S>(job, row, column, n, row_noise, buffers, sums);
         for (int k = 0; k < kSums; k++) {
-          if (tiles > 1) partial[unit * kSums + k] = sums[k];
-          else write_sum(job.sum[k], row, sums[k]);
+          if (tiles > 1)
+            partial[unit * kSums + k] = sums[k];
+          else
+            write_sum(job.sum[k], row, sums[k]);
         }
       }
     }

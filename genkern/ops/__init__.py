@@ -13,7 +13,7 @@ from genkern.ops.diffusion._sampler_step import sampler_step
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments
 from genkern.ops.diffusion._timestep_embedding import timestep_embedding
 from genkern.ops.flow._actnorm import actnorm
-from genkern.ops.flow._affine_coupling import additive_coupling, affine_coupling
+from genkern.ops.flow._affine_coupling import additive_coupling, affine_coupling, affine_coupling_
 from genkern.ops.flow._dequantize import dequantize
 from genkern.ops.flow._gaussian_log_prob import gaussian_log_prob
 from genkern.ops.flow._invertible_conv1x1 import invertible_conv1x1, plu_factors, plu_weight
@@ -28,6 +28,7 @@ __all__ = [
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "affine_coupling_",
     "bernoulli_nll",
     "causal_conv1d",
     "causal_conv1d_update",
