@@ -4,6 +4,7 @@ from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
+from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
 from genkern.models.vae.iwae import IWAE, IWAEConfig
@@ -22,6 +23,8 @@ __all__ = [
     "GPTConfig",
     "IWAE",
     "IWAEConfig",
+    "LatentDiffusion",
+    "LatentDiffusionConfig",
     "load",
     "Model",
     "Output",

@@ -146,9 +146,9 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, c_out=None):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = nn.Conv2d(c, c_out or c, 3, padding=1)
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
