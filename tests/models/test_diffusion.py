@@ -232,3 +232,76 @@ def test_wrong_labels_are_refused_in_words():
             model(x, labels=labels)
     with pytest.raises(ValueError, match="classes"):
         small(classes=0).sample(1, guidance_scale=2.0)
+
+
+# ---- latent diffusion
+
+
+def latent(**settings):
+    torch.manual_seed(0)
+    settings = {"size": 16, "width": 16, "classes": 3, "timesteps": 100, "autoencoder_width": 8, "autoencoder_steps": 6, **settings}
+    return models.LatentDiffusion(models.LatentDiffusionConfig(**settings))
+
+
+def large(n=12):
+    x, labels = images(n)
+    return (x.repeat_interleave(2, 2).repeat_interleave(2, 3).int() * 255 // 16).to(torch.uint8), labels
+
+
+def test_the_latents_have_unit_variance_after_the_first_stage():
+    model, (x, labels), losses = latent(kl_weight=1.0).train(), large(), []
+    optimizer = torch.optim.Adam(model.objectives()["autoencoder"], 3e-3)
+    genkern.reset_stats()
+    for key in random.split(random.key(0), 60):
+        output = model(x, labels=labels, key=key, objective="autoencoder")
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.5 * losses[0] and all(p.grad is None for p in model.unet.parameters())
+    backend = "cpu" if NATIVE else "reference"
+    for op in ("reparameterize_kl", "gaussian_nll", "group_norm_act", "group_norm_act_backward"):
+        assert genkern.stats().get((op, backend), 0) >= 60, op
+    model.eval()
+    z, _ = genkern.ops.reparameterize_kl(model.encoder(model._images(x)), key=random.key(1))
+    deviation = model._scaled(z).square().mean((0, 2, 3)).sqrt()
+    assert ((deviation > 0.8) & (deviation < 1.2)).all()
+    before = model.latent_deviation.clone()
+    model(x, labels=labels, key=random.key(2), objective="autoencoder")
+    assert torch.equal(model.latent_deviation, before)  # evaluation measures nothing
+    torch.testing.assert_close(model.decode(model.encode(x)).shape, x.shape)
+
+
+def test_the_second_stage_leaves_the_autoencoder_alone():
+    model, (x, labels) = latent(), large()
+    assert [model.due("autoencoder", step) for step in (0, 5, 6)] == [True, True, False]
+    assert [model.due("diffusion", step) for step in (0, 5, 6)] == [False, False, True]
+    model(x, labels=labels, key=random.key(0)).loss.backward()
+    assert all(p.grad is None for p in model.objectives()["autoencoder"])
+    assert any(p.grad is not None for p in model.unet.parameters())
+    assert set(model.averaged()) <= set(model.state_dict())
+
+
+def test_latent_samples_are_images_and_the_scale_is_saved(tmp_path):
+    model, labels, key = alive(latent()), large()[1], random.key(3)
+    model.latent_mean.fill_(0.25)
+    model.latent_deviation.fill_(2.0)
+    genkern.reset_stats()
+    whole = model.sample(6, labels=labels[:6], key=key, steps=3, guidance_scale=2.0)
+    assert genkern.stats()["sampler_step", "cpu" if NATIVE else "reference"] == 3
+    assert whole.shape == (6, 1, 16, 16) and whole.dtype == torch.uint8
+    parts = model.sample(6, labels=labels[:6], key=key, steps=3, guidance_scale=2.0, batch_size=4)
+    assert (parts.int() - whole.int()).abs().max() <= 1  # the decoder's sums, at the edge of two levels
+    assert model.denoising(2, columns=3, labels=labels[:2], key=key, steps=3).shape == (2, 3, 1, 16, 16)
+    model.save_pretrained(tmp_path)
+    loaded = models.load(tmp_path)
+    assert loaded.config == model.config and (loaded.latent_deviation == 2).all() and (loaded.latent_mean == 0.25).all()
+    assert torch.equal(loaded.sample(6, labels=labels[:6], key=key, steps=3, guidance_scale=2.0), whole)
+
+
+@pytest.mark.parametrize(
+    "settings, words", [({"reduction": 3}, "power of 2"), ({"size": 20}, "multiple of 8"), ({"autoencoder_width": 4}, "of 8")]
+)
+def test_wrong_latent_settings_are_refused_in_words(settings, words):
+    with pytest.raises(ValueError, match=words):
+        latent(**settings)

@@ -63,9 +63,12 @@ class DDPM(Model):
             raise ValueError(f"{name}: width must be a multiple of {GROUPS} and of heads, got {c.width}")
         if c.tokens and not c.classes:
             raise ValueError(f"{name}: tokens need classes, the size of their vocabulary, got 0")
-        channels, size = self._diffused_shape()[0::2]
-        if size < 1 or c.resolutions < 1 or size % (1 << (c.resolutions - 1)):
-            raise ValueError(f"{name}: size must be a multiple of {c.size // max(size, 1) << max(0, c.resolutions - 1)}, got {c.size}")
+        channels, side, _ = self._diffused_shape()
+        step = c.size // side << (c.resolutions - 1) if side and c.resolutions > 0 else 1  # the UNet halves `side` so often
+        if c.resolutions < 1 or side < 1 or c.size % step:
+            raise ValueError(f"{name}: size must be a multiple of {step}, and resolutions positive, got {c.size} and {c.resolutions}")
+        if not c.classes:
+            self.conditions = ()
         try:
             self.process = process(c.noise_schedule, c.target, c.timesteps, self.sigma_data)
         except ValueError as error:

@@ -29,7 +29,7 @@ class LatentDiffusionConfig(DDPMConfig):
     latent_channels: int = 4
     autoencoder_width: int = 32  # channels after the first halving, a multiple of 8; twice as many at every further one
     kl_weight: float = 0.1
-    autoencoder_steps: int = 1500  # of the training: its first stage
+    autoencoder_steps: int = 600  # of the training: its first stage
 
 
 class LatentDiffusion(DDPM):
@@ -46,21 +46,16 @@ class LatentDiffusion(DDPM):
         if c.autoencoder_width < GROUPS or c.autoencoder_width % GROUPS:
             raise ValueError(f"LatentDiffusion: autoencoder_width must be a multiple of {GROUPS}, got {c.autoencoder_width}")
         super().__init__(config)
-        halvings, width = c.reduction.bit_length() - 1, c.autoencoder_width
-        widths = [c.channels, *(width << i for i in range(halvings))]
-        down = [
-            layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Conv2d(a, b, 4, stride=2, padding=1), Block(b))
-        ]
-        self.encoder = nn.Sequential(
-            *down, GroupNormAct(GROUPS, widths[-1]), nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
-        )
-        widths = [width, *widths[1:]]
-        up = [layer for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True) for layer in (Block(a), Upsample(a, b))]
+        w, z, halvings = c.autoencoder_width, c.latent_channels, c.reduction.bit_length() - 1
+        down, up = [], []
+        for i in range(halvings):
+            c_in, c_out = w << i >> 1 if i else c.channels, w << i
+            down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), Block(c_out)]
+            up = [Block(c_out), Upsample(c_out, w << i >> 1 if i else w), *up]
+        deepest = w << (halvings - 1)
+        self.encoder = nn.Sequential(*down, GroupNormAct(GROUPS, deepest), nn.Conv2d(deepest, 2 * z, 3, padding=1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(c.latent_channels, widths[-1], 3, padding=1),
-            *up,
-            GroupNormAct(GROUPS, width),
-            nn.Conv2d(width, c.channels, 3, padding=1),
+            nn.Conv2d(z, deepest, 3, padding=1), *up, GroupNormAct(GROUPS, w), nn.Conv2d(w, c.channels, 3, padding=1)
         )
         self.log_variance = nn.Parameter(torch.full((c.channels, 1, 1), -2.0))
         self.register_buffer("latent_mean", torch.zeros(c.latent_channels, 1, 1))
@@ -72,6 +67,9 @@ class LatentDiffusion(DDPM):
 
     def due(self, objective, step):
         return (objective == "autoencoder") == (step < self.config.autoencoder_steps)
+
+    def averaged(self):
+        return {f"unet.{name}": p for name, p in self.unet.named_parameters()}
 
     def forward(self, batch, *, labels=None, key=None, generator=None, objective="diffusion"):
         """.loss of one objective; .parts of "autoencoder": nll and kl, nats per image, and the root mean square error of pixels."""
@@ -92,7 +90,7 @@ class LatentDiffusion(DDPM):
         return Output(nll + self.config.kl_weight * kl, {"nll": nll.detach(), "kl": kl.detach(), "error": error})
 
     def encode(self, images):
-        """The mean latents of images, of mean 0 and variance 1: (N, latent_channels, size / reduction, size / reduction)."""
+        """The mean latents (N, latent_channels, size / reduction, size / reduction), where samples of q(z|x) have variance 1."""
         return self._scaled(self.encoder(self._images(images)).chunk(2, 1)[0])
 
     def decode(self, z):
@@ -107,9 +105,8 @@ class LatentDiffusion(DDPM):
     # ---- what differs from DDPM
 
     def _diffused_shape(self):
-        c = self.config
-        side = c.size // c.reduction if c.size % c.reduction == 0 else 0
-        return c.latent_channels, side, side
+        side = self.config.size // self.config.reduction
+        return self.config.latent_channels, side, side
 
     def _clip(self):
         return None
