@@ -353,11 +353,11 @@ def _draw(model, n, seed, label=None, strip=False, **options):
         if label is not None:
             raise ValueError(f"{type(model).__name__} knows no labels: leave --label out")
         return draw(n, key=key, **options)
-    return draw(n, key=key, labels=_labels(model, n, label), **options)
+    return draw(n, key=key, labels=labels(model, n, label), **options)
 
 
-def _labels(model, n, label):
-    """(n,), or (n, L) for a model of token sequences."""
+def labels(model, n, label=None):
+    """Labels of n samples, (n,) or (n, L) for a model of token sequences: all that of a text such as "3" or "3,1,4", or all in turn."""
     import torch
 
     classes, device = model.config.classes, next(model.parameters()).device

@@ -51,11 +51,15 @@ class LatentDiffusion(DDPM):
         for i in range(halvings):
             c_in, c_out = w << i >> 1 if i else c.channels, w << i
             down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), Block(c_out)]
-            up = [Block(c_out), Upsample(c_out, w << i >> 1 if i else w), *up]
+            up = [Block(c_out), *([Upsample(c_out, w << i >> 1)] if i else []), *up]
         deepest = w << (halvings - 1)
         self.encoder = nn.Sequential(*down, GroupNormAct(GROUPS, deepest), nn.Conv2d(deepest, 2 * z, 3, padding=1))
-        self.decoder = nn.Sequential(
-            nn.Conv2d(z, deepest, 3, padding=1), *up, GroupNormAct(GROUPS, w), nn.Conv2d(w, c.channels, 3, padding=1)
+        self.decoder = nn.Sequential(  # the last doubling is four pixels at each place: no feature map is as large as the image
+            nn.Conv2d(z, deepest, 3, padding=1),
+            *up,
+            GroupNormAct(GROUPS, w),
+            nn.Conv2d(w, 4 * c.channels, 3, padding=1),
+            nn.PixelShuffle(2),
         )
         self.log_variance = nn.Parameter(torch.full((c.channels, 1, 1), -2.0))
         self.register_buffer("latent_mean", torch.zeros(c.latent_channels, 1, 1))
