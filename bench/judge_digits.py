@@ -5,9 +5,9 @@
 
 Any run folder of a model that samples by label, on --data digits (DDPM, conditional VAE, conditional GAN) or digits32
 (LatentDiffusion). A support vector machine trained on real digits says whether a sample shows its label; the Frechet distance,
-precision, recall, density and coverage are on features of a small perceptron trained on them (genkern.metrics); beside them stand the
-figures of the held-out images. A sample of digits32 is cut into its quarters, each brought back to 8 x 8, and the real digits are doubled
-and halved alike: each quarter must show its token, or be empty where there is none. Prints a table and writes FOLDER/judge.json.
+precision, recall, density and coverage are on features of a small perceptron trained on them (genkern.metrics); beside them stand
+those of the held-out images. A sample of digits32 is cut into its quarters, each brought back to 8 x 8, and the real digits are
+doubled and halved alike: each quarter must show its token, or be empty where there is none. Prints a table, writes FOLDER/judge.json.
 """
 
 import argparse

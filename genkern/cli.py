@@ -189,7 +189,8 @@ def train(argv):
             print(plots.table(history[-1:], shutil.get_terminal_size().columns))
             try:
                 _picture(out / "curves.png", plots.curves(history).savefig, dpi=120)
-                if len(source.shape) == 3 and source.shape[0] in (1, 3):
+                kept = (out / "config.json").exists()  # a model of two stages keeps no weights in the first
+                if kept and len(source.shape) == 3 and source.shape[0] in (1, 3):
                     best = load_run(out, device)[0]
                     _picture(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
                     if hasattr(best, "denoising"):
@@ -314,7 +315,7 @@ def load_run(folder, device=None):
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch")
+        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(folder).to(device)
     run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}

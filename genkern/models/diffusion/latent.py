@@ -9,6 +9,7 @@ Both stages are one run: steps 0 ... autoencoder_steps - 1 train the objective "
 mean and deviation are running averages over the first stage, kept as buffers with the weights.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,13 @@ class LatentDiffusion(DDPM):
 
     def averaged(self):
         return {f"unet.{name}": p for name, p in self.unet.named_parameters()}
+
+    @torch.no_grad()
+    def evaluate(self, inputs, labels=None, **options):
+        """As Model.evaluate. In the first stage "loss" and "diffusion" are NaN, so that fit() keeps no such weights as the best."""
+        found = super().evaluate(inputs, labels, **options)
+        begun = bool(self.unet.last.weight.any())  # zero until it is trained
+        return found if begun else found | {"loss": math.nan, "diffusion": math.nan}
 
     def forward(self, batch, *, labels=None, key=None, generator=None, objective="diffusion"):
         """.loss of one objective; .parts of "autoencoder": nll and kl, nats per image, and the root mean square error of pixels."""
