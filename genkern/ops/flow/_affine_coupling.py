@@ -1,4 +1,4 @@
-"""affine_coupling: scale and shift of one part of a tensor by functions of the other, with the log-determinant."""
+"""affine_coupling: scale and shift of one part of a tensor by functions of the other, with the log-determinant; additive_coupling."""
 
 import math
 
@@ -74,6 +74,46 @@ def affine_coupling(
         mask = mask.expand(x.shape[1:]).to(x.device, working_type(x, params)).contiguous()
     y, own = _op(x, params, mask, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit))
     return y, own if log_det is None else log_det + own
+
+
+def additive_coupling(x, shift, *, inverse=False, mask=None):
+    """y = x + shift on the transformed part of x, the rest unchanged (NICE, Dinh et al., 2014, equation 9); its log-determinant is zero.
+
+    x           (N, C, ...). Its last channels are transformed, as many as shift has; the first ones pass through
+    shift       (N, C', ...), C' <= C
+    inverse     x from y: x - shift
+    mask        as in affine_coupling, where then C' = C
+
+    float32, float64, bfloat16, float16, also mixed; computed in float32 (float64) and returned in the promoted type. TypeError,
+    ValueError on anything else. Differentiable to any order. Made of torch's operations.
+    """
+    op = "additive_coupling"
+    check_float(op, "x", x)
+    check_float(op, "shift", shift, x.dim())
+    check_device(op, "shift", shift, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must be (N, C, ...), got shape {tuple(x.shape)}")
+    channels = shift.shape[1]
+    if channels > x.shape[1] or shift.shape != (x.shape[0], channels, *x.shape[2:]):
+        raise ValueError(f"{op}: shift must have shape (N, C', ...), C' <= C, got {tuple(shift.shape)} for x {tuple(x.shape)}")
+    _check_mask(op, mask, x, channels)
+    dtype = promoted(x, shift)
+    kept = x.shape[1] - channels
+    old = x[:, kept:] if kept else x
+    if x.dtype != shift.dtype:
+        old, shift = in_working_type(old, shift)
+    y = old - shift if inverse else old + shift
+    y = (y if mask is None else torch.where(mask.to(x.device), y, old)).to(dtype)
+    return torch.cat([x[:, :kept].to(dtype), y], 1) if kept else y
+
+
+def _check_mask(op, mask, x, channels):
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if channels != x.shape[1]:
+        raise ValueError(f"{op}: with a mask, one number for each of the {x.shape[1]} channels is needed, got {channels}")
 
 
 def _scaled(u, scale, limit):
