@@ -4,6 +4,11 @@ from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
+from genkern.models.flow.glow import Glow, GlowConfig
+from genkern.models.flow.maf import IAF, MAF, IAFConfig, MAFConfig
+from genkern.models.flow.neural_spline_flow import NeuralSplineFlow, NeuralSplineFlowConfig
+from genkern.models.flow.nice import NICE, NICEConfig
+from genkern.models.flow.real_nvp import RealNVP, RealNVPConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
 from genkern.models.vae.iwae import IWAE, IWAEConfig
@@ -20,11 +25,23 @@ __all__ = [
     "DDPMConfig",
     "GPT",
     "GPTConfig",
+    "Glow",
+    "GlowConfig",
+    "IAF",
+    "IAFConfig",
     "IWAE",
     "IWAEConfig",
     "load",
+    "MAF",
+    "MAFConfig",
     "Model",
+    "NeuralSplineFlow",
+    "NeuralSplineFlowConfig",
+    "NICE",
+    "NICEConfig",
     "Output",
+    "RealNVP",
+    "RealNVPConfig",
     "Training",
     "VAE",
     "VAEConfig",
