@@ -1,6 +1,7 @@
 """InvertibleSequence: layers of a flow in a row, trained in little memory."""
 
 import contextlib
+import math
 import warnings
 
 import torch
@@ -128,6 +129,7 @@ class _Inverted(torch.autograd.Function):
                 grad_context = found[-1] if grad_context is None else grad_context + found[-1]
         if sequence._measures():
             error = float((x - start).abs().amax() / start.abs().amax().clamp(min=1e-30)) if x.numel() else 0.0
+            error = math.inf if math.isnan(error) else error
             sequence.reconstruction_error = max(sequence.reconstruction_error, error)
             if not error <= sequence.tolerance:
                 _fall_back(sequence, error)

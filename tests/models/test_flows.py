@@ -151,7 +151,7 @@ def test_a_trained_density_integrates_to_one(kind, config):
 
 
 @pytest.mark.parametrize("name, ops_of_it", [
-    ("glow", ("affine_coupling",)), ("nice", ("affine_coupling",)), ("real-nvp", ("affine_coupling",)),
+    ("glow", ("affine_coupling",)), ("nice", ("dequantize",)), ("real-nvp", ("affine_coupling",)),
     ("spline", ("rational_quadratic_spline",)), ("maf", ("affine_coupling",)),
 ])  # fmt: skip
 def test_training_and_sampling_run_on_native_kernels(name, ops_of_it):
@@ -174,8 +174,10 @@ def test_training_and_sampling_run_on_native_kernels(name, ops_of_it):
     model.eval().sample(3, key=genkern.random.key(1))
     for op in ops_of_it:
         backend = "cpu" if core.OPS[op].available("cpu")["cpu"] is None else "reference"
-        assert trained[op, backend] >= 20 and genkern.stats()[op, backend] >= 1
-        if backend == "cpu":
+        assert trained[op, backend] >= 20
+        if op != "dequantize":  # which has no gradient and is of data alone
+            assert genkern.stats()[op, backend] >= 1
+        if op != "dequantize" and backend == "cpu":
             assert trained[op + "_backward", backend] >= 20
 
 

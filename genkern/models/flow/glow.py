@@ -25,6 +25,7 @@ class GlowConfig(FlowConfig):
     steps: int = 8  # of each level
     width: int = 64  # hidden channels of the networks
     coupling: str = "affine"  # or "additive"
+    positions: bool = True  # the networks also learn a number per position; False: as in the paper, for images of anything anywhere
     plu: bool = True  # the 1 x 1 convolutions as P L U; False: as whole matrices
 
 
@@ -46,28 +47,29 @@ class Glow(FlowModel):
         check_images("Glow", c)
         if c.coupling not in ("affine", "additive"):
             raise ValueError(f"Glow: coupling must be affine or additive, got {c.coupling!r}")
-        self.levels, channels = nn.ModuleList(), c.shape[0]
+        self.levels, (channels, height, width) = nn.ModuleList(), c.shape
         for level in range(c.scales):
-            channels *= 4
+            channels, height, width = 4 * channels, height // 2, width // 2
+            size = (height, width) if c.positions else None
             layers = [Squeeze()]
             for _ in range(c.steps):
-                layers += [ActNorm(channels), InvertibleConv1x1(channels, c.plu), self.coupling(channels)]
-            layers.append(learned_prior(channels, self.context, last=level + 1 == c.scales))
+                layers += [ActNorm(channels), InvertibleConv1x1(channels, c.plu), self._coupling(channels, size)]
+            layers.append(learned_prior(channels, self.context, size, last=level + 1 == c.scales))
             self.levels.append(InvertibleSequence(layers, backward=c.backward))
             channels -= channels // 2
 
-    def coupling(self, channels):
+    def _coupling(self, channels, size):
         c, kept = self.config, channels // 2
         changed = channels - kept
         if c.coupling == "additive":
-            return AdditiveCoupling(ConvNet(kept, changed, c.width, self.context), channels)
-        return AffineCoupling(ConvNet(kept, 2 * changed, c.width, self.context), channels, scale="sigmoid", shift_first=True)
+            return AdditiveCoupling(ConvNet(kept, changed, c.width, self.context, size), channels)
+        return AffineCoupling(ConvNet(kept, 2 * changed, c.width, self.context, size), channels, scale="sigmoid", shift_first=True)
 
 
-def learned_prior(channels, context, last):
+def learned_prior(channels, context, size, last):
     """The coupling that makes the channels which leave a level standard normal: given those that stay, at the end given the context."""
     changed = channels if last else channels // 2
-    network = Constants(2 * changed, context) if last else ZeroConv(channels - changed, 2 * changed)
+    network = Constants(2 * changed, context) if last else ZeroConv(channels - changed, 2 * changed, size)
     return AffineCoupling(network, channels, changed, scale="soft_clip")
 
 

@@ -23,6 +23,7 @@ class NeuralSplineFlowConfig(FlowConfig):
     bound: float = 4.0
     steps: int = 4  # of each scale
     scales: int = 2  # of images
+    positions: bool = True  # the networks of images also learn a number per position
     width: int = 64  # hidden channels or units of the networks
     depth: int = 2  # hidden layers of the networks of points
 
@@ -52,14 +53,15 @@ class NeuralSplineFlow(FlowModel):
             self.levels = nn.ModuleList([InvertibleSequence([*layers, ActNorm(n)], backward=c.backward)])
             return
         check_images("NeuralSplineFlow", c)
-        self.levels, channels = nn.ModuleList(), c.shape[0]
+        self.levels, (channels, height, width) = nn.ModuleList(), c.shape
         for level in range(c.scales):
-            channels *= 4
+            channels, height, width = 4 * channels, height // 2, width // 2
+            size = (height, width) if c.positions else None
             layers = [Squeeze()]
             for _ in range(c.steps):
                 kept = channels // 2
-                network = ConvNet(kept, (channels - kept) * (3 * c.bins - 1), c.width, self.context)
+                network = ConvNet(kept, (channels - kept) * (3 * c.bins - 1), c.width, self.context, size)
                 layers += [ActNorm(channels), InvertibleConv1x1(channels), SplineCoupling(network, channels, **options)]
-            layers.append(learned_prior(channels, self.context, last=level + 1 == c.scales))
+            layers.append(learned_prior(channels, self.context, size, last=level + 1 == c.scales))
             self.levels.append(InvertibleSequence(layers, backward=c.backward))
             channels -= channels // 2

@@ -21,6 +21,7 @@ class RealNVPConfig(FlowConfig):
     scales: int = 2  # of images; height and width are multiples of 2^(scales - 1)
     couplings: int = 6  # of points
     width: int = 32  # hidden channels of the networks (units for points)
+    positions: bool = True  # the networks of images also learn a number per position
     blocks: int = 2  # residual blocks of the networks (hidden layers for points)
 
 
@@ -50,7 +51,7 @@ class RealNVP(FlowModel):
             channels, height, width = 4 * channels, height // 2, width // 2
             layers.append(Squeeze())
             for _ in range(3):
-                layers += [ActNorm(channels), self._halves(channels), Flip()]
+                layers += [ActNorm(channels), self._halves(channels, height, width), Flip()]
             self.levels.append(InvertibleSequence(layers, backward=c.backward))
             channels -= channels // 2
         layers = [layer for i in range(4) for layer in self._checkerboard(channels, height, width, i % 2)]
@@ -58,13 +59,16 @@ class RealNVP(FlowModel):
 
     def _checkerboard(self, channels, height, width, parity):
         mask = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == parity
-        network = ResidualConvNet(channels, 2 * channels, self.config.width, self.config.blocks, self.context)
+        network = ResidualConvNet(channels, 2 * channels, self.config.width, self.config.blocks, self.context, self._size(height, width))
         return ActNorm(channels), AffineCoupling(network, channels, mask=mask.expand(channels, -1, -1), scale="tanh")
 
-    def _halves(self, channels):
+    def _halves(self, channels, height, width):
         kept = channels // 2
-        network = ResidualConvNet(kept, 2 * (channels - kept), self.config.width, self.config.blocks, self.context)
+        network = ResidualConvNet(kept, 2 * (channels - kept), self.config.width, self.config.blocks, self.context, self._size(height, width))
         return AffineCoupling(network, channels, scale="tanh")
+
+    def _size(self, height, width):
+        return (height, width) if self.config.positions else None
 
     def _points(self):
         c, n = self.config, self.dimensions
