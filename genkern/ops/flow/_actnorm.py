@@ -30,7 +30,8 @@ def actnorm(x, log_scale, shift, *, inverse=False, log_det=None):
         check_device(_NAME, name, tensor, "x", x)
     dtype = promoted(x, log_scale, shift)
     x, log_scale, shift = in_working_type(x, log_scale, shift)
-    own = (log_scale.sum() * x.shape[2:].numel()).expand(x.shape[0])  # once for each position
+    positions = x.shape[2:].numel()
+    own = (log_scale.sum() * (-positions if inverse else positions)).repeat(x.shape[0])
     if log_det is not None:
         check_float(_NAME, "log_det", log_det)
         check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")

@@ -55,11 +55,15 @@ def dequantize(x, *, levels=256, key=None, generator=None, transform="center", a
         if key.dim() == 2 and key.shape[0] != x.shape[0]:
             raise ValueError(f"{_NAME}: one key per sample needs key ({x.shape[0]}, 2), got {tuple(key.shape)}")
         key = random.beside(key, x)
-    span, low, high = {"logit": (1 - alpha, alpha, 0.0), "logit_symmetric": (1 - 2 * alpha, alpha, alpha)}.get(
-        transform, (1.0, 0.0, 0.0)
-    )
-    low = -0.5 if transform == "center" else float(low)
-    y, log_det = _op(x, key, levels, span / levels, low, float(high), transform.startswith("logit"), DTYPES.index(dtype))
+    span, low, high = {
+        "unit": (1.0, 0.0, 0.0),
+        "center": (1.0, -0.5, 0.0),
+        "logit": (1 - alpha, float(alpha), 0.0),
+        "logit_symmetric": (1 - 2 * alpha, float(alpha), float(alpha)),
+    }[transform]
+    logit = transform.startswith("logit")
+    x = x.double() if dtype == torch.float64 else x
+    y, log_det = _op(x, key, levels, span / levels, low, high, logit, DTYPES.index(dtype))
     return squeezed(y) if squeeze else y, log_det
 
 

@@ -37,7 +37,7 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
             check_float(_NAME, name, tensor)
             check_shape(_NAME, name, tensor, shape, meaning)
     dtype = promoted(x, weight, bias)
-    x, weight, bias = in_working_type(x, weight, bias)
+    x, weight, bias, log_abs_det = in_working_type(x, weight, bias, log_abs_det)
     with torch.autocast(x.device.type, enabled=False):
         if log_abs_det is None:
             log_abs_det = torch.linalg.slogdet(weight)[1]
@@ -47,9 +47,8 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
         else:
             y = weight @ columns
             y = y if bias is None else y + bias[:, None]
-        own = (log_abs_det.to(working_type(x, log_abs_det)) * (-x.shape[2:].numel() if inverse else x.shape[2:].numel())).expand(
-            x.shape[0]
-        )
+        positions = -x.shape[2:].numel() if inverse else x.shape[2:].numel()
+        own = (log_abs_det * positions).repeat(x.shape[0])
     return y.reshape(x.shape).to(dtype), own if log_det is None else log_det + own
 
 
@@ -58,7 +57,7 @@ def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, sh
     convolution, or for all K of a level at once: one batch of small products instead of K, since they depend on parameters alone.
 
     permutation     (..., C, C) P
-    lower, upper    (..., C, C): what lies below the diagonal of L, whose diagonal is one, and above that of U; the rest is not looked at
+    lower, upper    (..., C, C): what lies below the diagonal of L, whose diagonal is one, and above that of U. The rest is not read
     sign            (..., C), 1 or -1
     log_diagonal    (..., C)
     log_scale, shift

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from genkern.ops._common import check_choice, check_device, check_float, check_shape, promoted
 
 LAYOUTS = ("blocks", "interleaved")
+_BLOCK = 32  # inputs
 
 
 def masked_linear(x, weight, mask, bias=None):
@@ -41,8 +42,8 @@ def made_masks(degrees, per_input=1, layout="blocks"):
 
     degrees     of the inputs, a permutation of 1 ... D that says in which order they are generated; then one tensor of degrees for
                 each hidden layer
-    per_input   P numbers for each input, laid out as `layout` says: "blocks": all first ones, all second ones, ... (P D); "interleaved":
-                those of one input together (D P)
+    per_input   P numbers for each input, laid out as `layout` says: "blocks": all first ones, all second ones, ... (P D);
+                "interleaved": those of one input together (D P)
     """
     check_choice("made_masks", "layout", layout, LAYOUTS)
     inputs = degrees[0]
@@ -67,7 +68,7 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
     degrees         of the inputs and of each hidden layer, as for `made_masks`. Fastest with the degrees of hidden layers sorted
     activation      between the layers, elementwise
     layout          of the outputs, as for `made_masks`
-    bias_of_sample  None, or (N, O) added to the first hidden layer: a condition's part
+    bias_of_sample  None, or (N, O) added to the first layer's sums: a condition's part
 
     Returns x (N, D) and the network's outputs (N, P D) for that x, without a graph: for gradients pass x through the network once.
     Floating-point types of the weights. TypeError, ValueError on bad arguments.
@@ -76,28 +77,45 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
     inputs = _check_made(batch, weights, biases, degrees, layout, bias_of_sample)
     order = degrees[0].argsort()  # of generation
     weights, biases, bias_of_sample, ends = _sorted(weights, biases, degrees, order, layout, bias_of_sample)
-    *hidden, (out_weight, out_bias) = zip(weights, biases, strict=True)
-    per_input = out_weight.shape[0] // inputs
-    states = [out_weight.new_zeros(batch, w.shape[1]) for w in weights]  # the inputs, then the hidden layers
-    params = out_weight.new_empty(batch, inputs, per_input)
+    per_input = weights[-1].shape[0] // inputs
+    states = [w.new_zeros(batch, w.shape[1]) for w in weights]  # the inputs, then the hidden layers
+    sums = [w.new_zeros(batch, len(w)) if b is None else b.expand(batch, -1).clone() for w, b in zip(weights, biases, strict=True)]
+    if bias_of_sample is not None:
+        sums[0] += bias_of_sample
+    params = sums[-1].view(batch, inputs, per_input)
 
-    def finish_hidden(done):
-        """The units that the first `done` inputs complete."""
-        for i, (weight, bias) in enumerate(hidden):
-            first, last, seen = ends[i + 1][done - 1] if done else 0, ends[i + 1][done], ends[i][done]
-            if first == last:
-                continue
-            total = F.linear(states[i][:, :seen], weight[first:last, :seen], None if bias is None else bias[first:last])
-            if i == 0 and bias_of_sample is not None:
-                total += bias_of_sample[:, first:last]
-            states[i + 1][:, first:last] = activation(total)
+    layers_hidden = range(len(weights) - 1)
+    sizes = [
+        [e[0], *(b - a for a, b in zip(e, e[1:], strict=False)), len(d) - e[-1]] for e, d in zip(ends[1:], degrees[1:], strict=True)
+    ]
+    sizes.append([per_input] * inputs)
+    # views by degree (outputs: by input), made at once: a step is a few small calls, whose cost is that of making views
+    columns, outputs = states[0].unbind(1), params.unbind(1)
+    sums_of = [total.split(size, 1) for total, size in zip(sums, sizes, strict=True)]
+    weights_of = [w.t().split(size, 1) for w, size in zip(weights, sizes, strict=True)]
+    units_of = [state.split(size, 1) for state, size in zip(states[1:], sizes, strict=False)]
 
-    finish_hidden(0)
+    def add(total, state, weight, first, last):
+        """To the sums of some units what units [first, last) of the layer before contribute; weight (I, O)."""
+        if first < last and total.shape[1]:
+            total.addmm_(state.narrow(1, first, last - first), weight.narrow(0, first, last - first))
+
+    def complete(known, done):
+        """The hidden units of degree `done`; what the first `known` units of the layer before contribute is in their sums."""
+        for i in layers_hidden:
+            add(sums_of[i][done], states[i], weights_of[i][done], known[i], ends[i][done])
+            units_of[i][done].copy_(activation(sums_of[i][done]))
+
+    complete([0] * len(weights), 0)
     for done, d in enumerate(order.tolist()):
-        rows, seen = slice(done * per_input, (done + 1) * per_input), ends[-1][done]
-        params[:, done] = F.linear(states[-1][:, :seen], out_weight[rows, :seen], None if out_bias is None else out_bias[rows])
-        states[0][:, done] = element(d, params[:, done])
-        finish_hidden(done + 1)
+        if done % _BLOCK == 0:  # one product of a layer for all units of the next block: a step then adds what is new in the block
+            known, stop = [e[done] for e in ends], min(done + _BLOCK, inputs)
+            for i, (total, weight) in enumerate(zip(sums, weights, strict=True)):
+                rows = slice(ends[i + 1][done], ends[i + 1][stop]) if i in layers_hidden else slice(done * per_input, stop * per_input)
+                add(total[:, rows], states[i], weight[rows].t(), 0, known[i])
+        add(sums_of[-1][done], states[-1], weights_of[-1][done], known[-1], ends[-1][done])
+        columns[done].copy_(element(d, outputs[done]))
+        complete(known, done + 1)
     back = order.argsort()
     params = params[:, back]
     return states[0][:, back], (params.transpose(1, 2) if layout == "blocks" else params).reshape(batch, -1)
