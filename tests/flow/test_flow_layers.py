@@ -11,7 +11,15 @@ from torch import nn
 
 import genkern
 from genkern.nn import (
-    MADE, ActNorm, AdditiveCoupling, AffineCoupling, Flip, InvertibleConv1x1, InvertibleSequence, MaskedAutoregressive, SplineCoupling,
+    MADE,
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Flip,
+    InvertibleConv1x1,
+    InvertibleSequence,
+    MaskedAutoregressive,
+    SplineCoupling,
     Squeeze,
 )  # fmt: skip
 

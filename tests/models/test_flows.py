@@ -8,7 +8,17 @@ import torch
 import genkern
 from genkern import core, models
 from genkern.models import (
-    IAF, MAF, NICE, Glow, GlowConfig, IAFConfig, MAFConfig, NeuralSplineFlow, NeuralSplineFlowConfig, NICEConfig, RealNVP,
+    IAF,
+    MAF,
+    NICE,
+    Glow,
+    GlowConfig,
+    IAFConfig,
+    MAFConfig,
+    NeuralSplineFlow,
+    NeuralSplineFlowConfig,
+    NICEConfig,
+    RealNVP,
     RealNVPConfig,
 )  # fmt: skip
 

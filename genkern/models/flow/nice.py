@@ -1,7 +1,7 @@
 """NICE: additive couplings and one scale per dimension (Dinh et al., 2015). Images are seen as rows of numbers.
 
-    x2 <- x2 + m(x1)            `couplings` times, the halves taking turns
-    z <- exp(s) x               s learned
+x2 <- x2 + m(x1)            `couplings` times, the halves taking turns
+z <- exp(s) x               s learned
 """
 
 from dataclasses import dataclass
@@ -56,4 +56,3 @@ class NICE(FlowModel):
         if self.config.base == "gaussian":
             return super()._base_sample(keys)
         return random.logistic(keys, (len(keys), self.dimensions), dtype=self._dtype(), device=keys.device)
-

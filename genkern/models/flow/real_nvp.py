@@ -59,12 +59,16 @@ class RealNVP(FlowModel):
 
     def _checkerboard(self, channels, height, width, parity):
         mask = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == parity
-        network = ResidualConvNet(channels, 2 * channels, self.config.width, self.config.blocks, self.context, self._size(height, width))
+        network = ResidualConvNet(
+            channels, 2 * channels, self.config.width, self.config.blocks, self.context, self._size(height, width)
+        )
         return ActNorm(channels), AffineCoupling(network, channels, mask=mask.expand(channels, -1, -1), scale="tanh")
 
     def _halves(self, channels, height, width):
         kept = channels // 2
-        network = ResidualConvNet(kept, 2 * (channels - kept), self.config.width, self.config.blocks, self.context, self._size(height, width))
+        network = ResidualConvNet(
+            kept, 2 * (channels - kept), self.config.width, self.config.blocks, self.context, self._size(height, width)
+        )
         return AffineCoupling(network, channels, scale="tanh")
 
     def _size(self, height, width):
