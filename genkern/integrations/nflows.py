@@ -4,8 +4,8 @@
     fused.patch()        # every nflows spline and affine coupling, existing models too
     fused.unpatch()
 
-Or call fused.rational_quadratic_spline and fused.unconstrained_rational_quadratic_spline, with the names, arguments, errors and conventions
-of nflows.transforms.splines. Cubic, quadratic and linear splines stay nflows' own.
+Or call fused.rational_quadratic_spline and fused.unconstrained_rational_quadratic_spline, with the names, arguments, errors and
+conventions of nflows.transforms.splines. Cubic, quadratic and linear splines stay nflows' own.
 """
 
 from nflows import transforms

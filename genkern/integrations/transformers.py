@@ -25,7 +25,7 @@ def unconstrained_rational_quadratic_spline(
     min_bin_height=1e-3,
     min_derivative=1e-3,
 ):
-    """inputs (batch, channels, length), widths and heights (..., K), derivatives (..., K - 1): (outputs, log_abs_det), each like inputs.
+    """inputs (batch, channels, length), widths and heights (..., K), derivatives (..., K - 1): (outputs, log_abs_det) like inputs.
     Inputs that all lie outside the bound are left as they are, where the original fails on an empty selection."""
     minima = (min_bin_width, min_bin_height, min_derivative)
     for name, value in (("width", min_bin_width), ("height", min_bin_height)):

@@ -1,4 +1,4 @@
-"""Layers of flows. Each maps (x, log_det, context) to (y, log_det + its own); inverse() maps back, with the log-determinant of that map.
+"""Layers of flows. Each maps (x, log_det, context) to (y, log_det + its own); inverse() maps back, with that map's log-determinant.
 
 x is (N, C, ...), log_det (N,) or None for zero; context, such as an embedded label (N, features), goes to the networks inside.
 `safe_inverse` says that x can be computed back from y with nearly the digits of the stream (InvertibleSequence).

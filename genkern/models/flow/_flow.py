@@ -60,7 +60,7 @@ class FlowModel(Model):
         self.bounded = c.levels is not None or len(c.shape) == 3  # inputs lie in an interval
 
     def forward(self, batch, *, labels=None, key=None, generator=None):
-        """.loss: -log_prob, the mean over the batch, nats per sample; .parts: bits_per_dim of uint8 inputs. key (2,) or (N, 2)."""
+        """.loss: -log_prob, the mean over the batch, in nats; .parts: bits_per_dim of uint8 inputs. key (2,) or (N, 2)."""
         loss = -self.log_prob(batch, labels=labels, key=key, generator=generator).mean()
         discrete = self.config.levels is not None and not batch.is_floating_point()
         return Output(loss, {"bits_per_dim": loss.detach() / (self.dimensions * math.log(2))} if discrete else {})
@@ -80,7 +80,7 @@ class FlowModel(Model):
         return torch.cat([*parts, x.flatten(1)], 1), log_det
 
     def decode(self, z, *, labels=None):
-        """The inputs of latents (N, D): float, images in about [-1, 1]. Those of uint8 inputs lie between two levels (sample rounds)."""
+        """The inputs of latents (N, D): float, images in about [-1, 1]; those of uint8 inputs lie between two levels."""
         return self._data(self._decode(z, self._context(labels, len(z))))
 
     def log_prob(self, x, *, labels=None, samples=1, key=None, generator=None):
@@ -120,15 +120,17 @@ class FlowModel(Model):
 
     @torch.no_grad()
     def interpolate(self, a, b, *, labels=None, steps=9, key=None):
-        """Inputs between a and b, each (N, ...), through the latents: (N, steps, ...). The latents ((1 - w) z_a + w z_b) / sqrt((1 - w)^2 +
-        w^2) keep the variance of independent ones, and the ends."""
-        key = random.key(0) if key is None else key
+        """Inputs between a and b, each (N, ...), through the latents: (N, steps, ...).
+
+        The latents ((1 - w) z_a + w z_b) / sqrt((1 - w)^2 + w^2) keep the ends, and the variance of independent ones.
+        """
+        key = random.draw_key(None, a.device) if key is None else key
         (first, _), (last, _) = (self.encode(x, labels=labels, key=k) for x, k in zip((a, b), random.split(key, 2), strict=True))
         return self._between(first, last, labels, steps)
 
     @torch.no_grad()
     def traverse(self, *, steps=9, rows=8, temperature=0.7, key=None):
-        """Samples on the way between two samples, in each row another pair, of one class where there are classes: (rows, steps, ...)."""
+        """Samples on the way between two samples, a row for each pair, of one class where there are classes: (rows, steps, ...)."""
         keys = self.sample_keys(2 * rows, key)
         labels = torch.arange(rows, device=keys.device) % self.config.classes if self.config.classes else None
         first, last = (temperature * self._base_sample(keys)).chunk(2)

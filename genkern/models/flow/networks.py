@@ -1,6 +1,6 @@
 """The networks inside coupling layers. They may be anything; the last layer begins at zero, so each coupling begins as (nearly) the
-identity. context (N, features), where there is one, moves the hidden units; so does a learned number per position where `size` is given,
-the (height, width) of the images: what a convolution cannot know, and what counts in small images of centred things."""
+identity. context (N, features), where there is one, moves the hidden units; so does a learned number per position where `size` is
+given, the (height, width) of the images: what a convolution cannot know, and what counts in small images of centred things."""
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
 """RealNVP: affine couplings with checkerboard and channel masks over several scales (Dinh et al., 2017).
 
 At each scale three couplings with a checkerboard mask, a squeeze of 2 x 2 pixels into channels and three couplings of halves of the
-channels; then half of the channels leaves. The last scale is four checkerboard couplings. Points: couplings of halves, which take turns.
+channels; then half of the channels leaves. The last scale is four checkerboard couplings. Points: couplings of halves in turns.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class RealNVPConfig(FlowConfig):
 
 
 class RealNVP(FlowModel):
-    """RealNVP(RealNVPConfig(shape=(1, 8, 8), levels=16)): images, or points with at least 2 features. s = exp(2 tanh(u)), and an actnorm
-    before each coupling where the paper has batch normalization: it works on any batch and is the same in evaluation."""
+    """RealNVP(RealNVPConfig(shape=(1, 8, 8), levels=16)): images, or points with at least 2 features. s = exp(2 tanh(u)), and an
+    actnorm before each coupling where the paper has batch normalization: it works on any batch and is the same in evaluation."""
 
     Config = RealNVPConfig
     defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=100.0, ema=0.99)
