@@ -5,6 +5,11 @@ from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig
+from genkern.models.flow.glow import Glow, GlowConfig
+from genkern.models.flow.maf import IAF, MAF, IAFConfig, MAFConfig
+from genkern.models.flow.neural_spline_flow import NeuralSplineFlow, NeuralSplineFlowConfig
+from genkern.models.flow.nice import NICE, NICEConfig
+from genkern.models.flow.real_nvp import RealNVP, RealNVPConfig
 from genkern.models.gan.conditional import ConditionalGAN, ConditionalGANConfig
 from genkern.models.gan.dcgan import DCGAN, DCGANConfig
 from genkern.models.gan.gan import GAN, GANConfig
@@ -32,13 +37,25 @@ __all__ = [
     "GANConfig",
     "GPT",
     "GPTConfig",
+    "Glow",
+    "GlowConfig",
+    "IAF",
+    "IAFConfig",
     "IWAE",
     "IWAEConfig",
     "LatentDiffusion",
     "LatentDiffusionConfig",
     "load",
+    "MAF",
+    "MAFConfig",
     "Model",
+    "NeuralSplineFlow",
+    "NeuralSplineFlowConfig",
+    "NICE",
+    "NICEConfig",
     "Output",
+    "RealNVP",
+    "RealNVPConfig",
     "Training",
     "VAE",
     "VAEConfig",
