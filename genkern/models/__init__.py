@@ -2,7 +2,9 @@
 
 from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
+from genkern.models.autoregressive.gated_pixel_cnn import GatedPixelCNN, GatedPixelCNNConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
+from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
@@ -18,6 +20,8 @@ __all__ = [
     "ConditionalVAEConfig",
     "DDPM",
     "DDPMConfig",
+    "GatedPixelCNN",
+    "GatedPixelCNNConfig",
     "GPT",
     "GPTConfig",
     "IWAE",
@@ -25,6 +29,8 @@ __all__ = [
     "load",
     "Model",
     "Output",
+    "PixelCNN",
+    "PixelCNNConfig",
     "Training",
     "VAE",
     "VAEConfig",
