@@ -5,6 +5,7 @@ from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gated_pixel_cnn import GatedPixelCNN, GatedPixelCNNConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
+from genkern.models.autoregressive.pixel_cnn_pp import PixelCNNpp, PixelCNNppConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
@@ -31,6 +32,8 @@ __all__ = [
     "Output",
     "PixelCNN",
     "PixelCNNConfig",
+    "PixelCNNpp",
+    "PixelCNNppConfig",
     "Training",
     "VAE",
     "VAEConfig",

@@ -68,9 +68,7 @@ class Pixels(Model):
         return self.horizontal(x, self.vertical(x, condition, None), condition, None)
 
     @torch.no_grad()
-    def sample(
-        self, n, *, labels=None, key=None, generator=None, known=None, mask=None, temperature=1.0, cached=True, batch_size=256
-    ):
+    def sample(self, n, *, labels=None, key=None, generator=None, known=None, mask=None, temperature=1.0, cached=True, batch_size=256):
         """n images: uint8 in 0..levels, drawn value by value.
 
         labels          (n,) or one int for all, for a model with classes

@@ -102,7 +102,9 @@ class Upsample(nn.ConvTranspose2d):
             y = place.kept.get(self)
             if y is None:
                 y = place.kept[self] = x.new_zeros(len(x), self.out_channels, 2, place.width)
-            y[..., place.column : place.column + 2] = (x @ self.weight.flatten(1)).view(-1, self.out_channels, 2, 2) + self.bias[:, None, None]
+            y[..., place.column : place.column + 2] = (x @ self.weight.flatten(1)).view(-1, self.out_channels, 2, 2) + self.bias[
+                :, None, None
+            ]
         row = place.row % 2
         return y[:, :, row : row + 1] if y is not None and self.kernel_size[1] == 3 else y[:, :, row, place.column]
 
