@@ -6,6 +6,7 @@ from genkern.models.autoregressive.gated_pixel_cnn import GatedPixelCNN, GatedPi
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
 from genkern.models.autoregressive.pixel_cnn_pp import PixelCNNpp, PixelCNNppConfig
+from genkern.models.autoregressive.pixel_rnn import PixelRNN, PixelRNNConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
@@ -34,6 +35,8 @@ __all__ = [
     "PixelCNNConfig",
     "PixelCNNpp",
     "PixelCNNppConfig",
+    "PixelRNN",
+    "PixelRNNConfig",
     "Training",
     "VAE",
     "VAEConfig",

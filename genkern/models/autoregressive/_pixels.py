@@ -128,7 +128,8 @@ class Pixels(Model):
     def step(self, values, state):
         """(parameters of the next value's distribution, the state). values: integers in 0..levels, those decided since, None at first.
 
-        Levels: one value a step, (N,) or (N, 1), answer (N, levels + 1) logits. Mixture: one pixel a step, (N, C), answer (N, head.outputs).
+        Levels: one value a step, (N,) or (N, 1), answer (N, levels + 1) logits. Mixture: one pixel a step, (N, C), answer
+        (N, head.outputs).
         Equals predict() at that pixel up to the rounding of torch's matrix products, which sum in another order than its convolutions:
         about 1e-6 of the numbers in float32. A state is used up by the step that takes it.
         """

@@ -25,11 +25,11 @@ class GatedPixelCNNConfig:
     layers: int = 6
     kernel: int = 3  # of the layers after the first
     first_kernel: int = 7
-    dropout: float = 0.0
+    dropout: float = 0.2
 
 
 class GatedPixelCNN(Pixels):
-    """GatedPixelCNN(GatedPixelCNNConfig(levels=16, classes=10)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]."""
+    """GatedPixelCNN(GatedPixelCNNConfig(levels=16, classes=10)): images (N, channels, size, size), uint8 or float in [-1, 1]."""
 
     Config = GatedPixelCNNConfig
     defaults = Training(epochs=30, batch_size=32, learning_rate=2e-3, schedule="cosine", ema=0.99)
@@ -43,7 +43,8 @@ class GatedPixelCNN(Pixels):
         c = config
         if c.width % c.channels or c.kernel % 2 == 0 or c.first_kernel % 2 == 0:
             raise ValueError(
-                f"GatedPixelCNN: width must be a multiple of channels and the kernels odd, got {c.width}, {c.kernel} and {c.first_kernel}"
+                "GatedPixelCNN: width must be a multiple of channels and the kernels odd, got "
+                f"{c.width}, {c.kernel} and {c.first_kernel}"
             )
         self.head = Levels(c.channels, c.levels)
         self.layers = nn.ModuleList(_Layer(c, first=i == 0) for i in range(c.layers))

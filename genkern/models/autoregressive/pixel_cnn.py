@@ -24,11 +24,11 @@ class PixelCNNConfig:
     blocks: int = 4
     kernel: int = 3  # of the blocks
     first_kernel: int = 7
-    dropout: float = 0.0
+    dropout: float = 0.2
 
 
 class PixelCNN(Pixels):
-    """PixelCNN(PixelCNNConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]; figures in nats."""
+    """PixelCNN(PixelCNNConfig(levels=16)): images (N, channels, size, size), uint8 or float in [-1, 1]; figures in nats."""
 
     Config = PixelCNNConfig
     defaults = Training(epochs=30, batch_size=32, learning_rate=2e-3, schedule="cosine", ema=0.99)

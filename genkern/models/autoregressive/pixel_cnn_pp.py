@@ -40,7 +40,8 @@ class PixelCNNpp(Pixels):
         c = config
         if c.channels not in (1, 3) or c.resolutions < 1 or c.size % (1 << (c.resolutions - 1)):
             raise ValueError(
-                f"PixelCNNpp: channels must be 1 or 3 and size a multiple of {1 << max(0, c.resolutions - 1)}, got {c.channels} and {c.size}"
+                f"PixelCNNpp: channels must be 1 or 3 and size a multiple of {1 << max(0, c.resolutions - 1)}, "
+                f"got {c.channels} and {c.size}"
             )
         self.head = Mixture(c.channels, c.levels, c.mixtures)
         self.u_init = RasterConv(c.channels + 1, c.width, above=1, left=1, right=1)
