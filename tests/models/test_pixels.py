@@ -14,6 +14,7 @@ SMALL = {
     "gated": lambda **s: GatedPixelCNN(GatedPixelCNN.Config(**{"width": 6, "layers": 3, "first_kernel": 5, **s})),
     "row": lambda **s: PixelRNN(PixelRNN.Config(**{"width": 6, "kind": "row", "first_kernel": 3, **s})),
     "diagonal": lambda **s: PixelRNN(PixelRNN.Config(**{"width": 6, "first_kernel": 3, **s})),
+    "snail": lambda **s: PixelCNNpp(PixelCNNpp.Config(**{"width": 6, "blocks": 1, "mixtures": 2, "attention_heads": 2, **s})),
     "pp": lambda **s: PixelCNNpp(PixelCNNpp.Config(**{"width": 6, "blocks": 1, "mixtures": 2, **s})),
 }
 each_model = pytest.mark.parametrize("name", SMALL)
@@ -141,7 +142,8 @@ def test_training_lowers_the_loss_on_native_kernels(name):
     assert losses[-1] < 0.8 * losses[0]
     torch.testing.assert_close(out.parts["nll"], 64 * out.loss.detach())
     model.eval().sample(2, key=random.key(0))
-    used = {"gated": ["gated_activation", "sample_tokens"], "pp": ["discretized_mix_logistic_nll"]}
+    mixture = ["discretized_mix_logistic_nll"]
+    used = {"gated": ["gated_activation", "sample_tokens"], "pp": mixture, "snail": mixture}
     for op in used.get(name, ["sample_tokens"]):
         backend = "cpu" if core.OPS[op].available("cpu")["cpu"] is None else "reference"
         assert genkern.stats()[op, backend] > 0 and {b for n, b in genkern.stats() if n == op} == {backend}
