@@ -2,7 +2,11 @@
 
 from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
+from genkern.models.autoregressive.gated_pixel_cnn import GatedPixelCNN, GatedPixelCNNConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
+from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
+from genkern.models.autoregressive.pixel_cnn_pp import PixelCNNpp, PixelCNNppConfig
+from genkern.models.autoregressive.pixel_rnn import PixelRNN, PixelRNNConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig
 from genkern.models.flow.glow import Glow, GlowConfig
@@ -35,6 +39,8 @@ __all__ = [
     "DDPMConfig",
     "GAN",
     "GANConfig",
+    "GatedPixelCNN",
+    "GatedPixelCNNConfig",
     "GPT",
     "GPTConfig",
     "Glow",
@@ -56,6 +62,12 @@ __all__ = [
     "Output",
     "RealNVP",
     "RealNVPConfig",
+    "PixelCNN",
+    "PixelCNNConfig",
+    "PixelCNNpp",
+    "PixelCNNppConfig",
+    "PixelRNN",
+    "PixelRNNConfig",
     "Training",
     "VAE",
     "VAEConfig",
