@@ -3,6 +3,7 @@
 from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
+from genkern.models.autoregressive.wavenet import WaveNet, WaveNetConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
@@ -28,4 +29,6 @@ __all__ = [
     "Training",
     "VAE",
     "VAEConfig",
+    "WaveNet",
+    "WaveNetConfig",
 ]

@@ -3,7 +3,7 @@
 import torch
 
 from genkern import ops
-from genkern.ops.autoregressive._causal_conv1d import dense, pack_dense
+from genkern.ops.autoregressive._causal_conv1d import dense, pack_dense, pays_dense
 
 
 class CausalConv1d(torch.nn.Conv1d):
@@ -45,13 +45,13 @@ class CausalConv1d(torch.nn.Conv1d):
     def step(self, input, state=None):
         """(output, state) for the next input (N, C), or inputs (N, C, T); state: that of the previous call, None at the start.
 
-        Without gradients a state is used up by the step that takes it, and may hold the weights as they were at the start. In float32 on
-        the CPU the output has the bits of forward(), for any T and any batch.
+        Without gradients a state is used up by the step that takes it, and may hold the weights as they were at the start. In float32
+        on the CPU the output has the bits of forward(), for any T and any batch.
         """
         several = input if input.dim() == 3 else input[..., None]
         quick = not torch.is_grad_enabled() and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
         depthwise = self.groups == self.in_channels == self.out_channels
-        if quick and not depthwise and self.activation is None and self.out_channels >= 4 * self.groups:
+        if quick and not depthwise and self.activation is None and pays_dense(self.weight, self.groups):
             state = state if isinstance(state, DenseState) else DenseState(self, several, state)
             output = state.step(several)
         else:

@@ -30,7 +30,7 @@ def causal_conv1d(
     bias            (C_out,) or None
     dilation        distance of neighbouring taps
     groups          C: one filter per channel (C_out = C). Others take a dense kernel on the CPU, whose gradients are torch's; where it
-                    has none (another device, seq_idx, fewer than 4 outputs per group) torch's own convolution, which follows autocast
+                    has none (another device, seq_idx, several groups of fewer than 4 outputs) torch's own convolution, which follows autocast
                     as torch.nn.Conv1d does
     activation      None or "silu"
     initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
@@ -159,7 +159,7 @@ def _final_state(x, state, seq_idx, past):
 def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
     """Any groups. On the CPU the dense kernel, elsewhere torch's convolution: one for each tap where sequence indices forbid some."""
     past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
-    if seq_idx is None and x.device.type == "cpu" and weight.shape[0] >= 4 * groups:
+    if seq_idx is None and x.device.type == "cpu" and pays_dense(weight, groups):
         dtype = promoted(x, weight, bias, state)
         x, weight, bias, state = in_working_type(x, weight, bias, state)
         bias = None if bias is None else bias.contiguous()
@@ -179,6 +179,11 @@ def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
             y = y + F.conv1d(torch.where(same, behind[..., window], 0), weight[..., k : k + 1], groups=groups)
         y = torch.where((seq_idx < 0)[:, None], 0, y)
     return F.silu(y) if silu else y
+
+
+def pays_dense(weight, groups):
+    """The dense kernel computes 16 outputs of a group at once: of many groups of a few outputs it would waste most."""
+    return groups == 1 or weight.shape[0] >= 4 * groups
 
 
 def pack_dense(weight, groups=1):
@@ -236,6 +241,15 @@ _op = Op(
     differentiable=("x", "weight", "bias", "initial_state"),
 )
 
+
+@implements("cpu", "causal_conv1d_dense_backward")
+def _dense_backward(grad, x, weight, bias, packed, dilation, groups):
+    """torch's own: its matrix products are at the machine's limit, and gradients promise no bits."""
+    sizes, wanted = None if bias is None else list(bias.shape), [True, True, bias is not None]
+    got = torch.ops.aten.convolution_backward(grad.contiguous(), x, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted)
+    return [g.contiguous() for g in got[: 2 + wanted[2]]]
+
+
 dense = Op(
     "causal_conv1d_dense",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
@@ -245,14 +259,6 @@ dense = Op(
     ),
     differentiable=("x", "weight", "bias"),
 )
-
-
-@implements("cpu", "causal_conv1d_dense_backward")
-def _dense_backward(grad, x, weight, bias, packed, dilation, groups):
-    """torch's own: its matrix products are at the machine's limit, and gradients promise no bits."""
-    sizes, wanted = None if bias is None else list(bias.shape), [True, True, bias is not None]
-    got = torch.ops.aten.convolution_backward(grad.contiguous(), x, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted)
-    return [g.contiguous() for g in got[: 2 + wanted[2]]]
 
 
 _update = Op(
