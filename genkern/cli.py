@@ -234,13 +234,14 @@ def eval_(argv):
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with _words("eval"):
-        from genkern import data, plots, random
+        from genkern import data, metrics, plots, random
 
         model, run = load_run(arguments.folder, arguments.device)
         if not (name := arguments.data or run.get("data")):
             raise ValueError(f"{arguments.folder} does not name its data: give --data")
         source = data.load(name, window=run.get("window"))
         values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        values |= metrics.baselines(source, arguments.split, model)
         if arguments.json:
             print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
         else:

@@ -44,9 +44,9 @@ class WaveNetConfig:
 class WaveNet(Model):
     """p(x) = product over t of p(x_t | x_1 .. x_{t-1}) of sound (N, 1, L), float in [-1, 1].
 
-    Layer l: z = tanh(W_a * h + c_a) sigmoid(W_b * h + c_b), the next h = (h + W_out z) sqrt(1/2), and W_skip z is summed over the layers,
-    * a causal convolution with dilation 2^(l mod layers / stacks), c the projected conditions. Two more 1x1 convolutions with ReLU give
-    the parameters of p. The receptive field is 1 + (kernel_size - 1) sum of the dilations, in samples.
+    Layer l: z = tanh(W_a * h + c_a) sigmoid(W_b * h + c_b), the next h = (h + W_out z) sqrt(1/2), and W_skip z is summed over the
+    layers; * is a causal convolution with dilation 2^(l mod layers / stacks), c the projected conditions. Two more 1x1 convolutions
+    with ReLU give the parameters of p. The receptive field is 1 + (kernel_size - 1) sum of the dilations, in samples.
 
     labels      (N,) int64, of a model with classes: the global condition
     condition   (N, channels, L), of a model with a local condition, at the rate of the sound: column t conditions sample t
@@ -140,9 +140,9 @@ class WaveNet(Model):
     def step(self, x, state=None, *, labels=None, condition=None):
         """(parameters of the distribution of the samples after x, (N, P, T'), new state). x (N, 1, T), samples of quantized sound.
 
-        state None: the sound begins here; a silent sample is put before it and T' = T + 1, else T' = T. condition: (N, channels, T'), those
-        of the samples that are predicted. The parameters have the bits of network() over the whole sound, in float32 on the CPU. A state
-        is used up by the step that takes it.
+        state None: the sound begins here; a silent sample is put before it and T' = T + 1, else T' = T. condition: (N, channels, T'),
+        those of the samples that are predicted. The parameters have the bits of network() over the whole sound, in float32 on the CPU.
+        A state is used up by the step that takes it.
         """
         return self.network(x, {} if state is None else state, labels, condition, begins=state is None)
 
@@ -202,7 +202,7 @@ class WaveNet(Model):
             x = F.pad(x, (1, 0), value=silence)
         if condition is not None and (condition.dim() != 3 or condition.shape[1:] != (c.condition, x.shape[2])):
             raise ValueError(
-                f"WaveNet: condition must be (N, {c.condition}, {x.shape[2]}), a column per predicted sample, got {tuple(condition.shape)}"
+                f"WaveNet: condition must be (N, {c.condition}, {x.shape[2]}), a column per sample, got {tuple(condition.shape)}"
             )
 
         def through(convolution, x):
@@ -243,8 +243,8 @@ class WaveNet(Model):
     def from_r9y9(cls, state_dict, *, head, stacks, **settings):
         """The model of a state dict of wavenet_vocoder, with or without weight norm, in evaluation mode.
 
-        head and stacks do not show in it, nor do settings such as rounding, min_log_scale or levels (of head "logistic", 65536 by default
-        there). The upsampling network of its local condition is left out: give conditions at the rate of the sound.
+        head and stacks do not show in it, nor do settings such as rounding, min_log_scale or levels (of head "logistic", 65536 by
+        default there). The upsampling network of its local condition is left out: give conditions at the rate of the sound.
         """
         weights = {name: x for name, x in state_dict.items() if not name.startswith("upsample_net.")}
         for name in [name for name in weights if name.endswith(".weight_g")]:

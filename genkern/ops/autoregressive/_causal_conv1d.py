@@ -29,9 +29,9 @@ def causal_conv1d(
     weight          (C_out, C / groups, K) as in torch.nn.Conv1d; weight[..., K - 1] meets the present
     bias            (C_out,) or None
     dilation        distance of neighbouring taps
-    groups          C: one filter per channel (C_out = C). Others take a dense kernel on the CPU, whose gradients are torch's; where it
-                    has none (another device, seq_idx, several groups of fewer than 4 outputs) torch's own convolution, which follows autocast
-                    as torch.nn.Conv1d does
+    groups          C: one filter per channel (C_out = C). Others take a dense kernel on the CPU, whose gradients are torch's; on other
+                    devices, with seq_idx, or in several groups of fewer than 4 outputs torch's own convolution, which follows
+                    autocast as torch.nn.Conv1d does
     activation      None or "silu"
     initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
     return_final_state
