@@ -198,11 +198,11 @@ def train(argv):
 
 @command
 def sample(argv):
-    """Draw samples from a trained model into a PNG grid (or .npy, .txt): genkern sample run --n 64 [--label 3] --out grid.png"""
+    """Draw samples from a trained model into a PNG grid (or .npy, .txt, .wav): genkern sample run --n 64 [--label 3] --out grid.png"""
     parser = _run_parser("sample", sample)
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--label", type=int, help="of the class, for a model of classes; by default all in turn")
-    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text")
+    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text; .wav")
     arguments = parser.parse_args(argv)
     with _words("sample"):
         if arguments.n < 1:
@@ -220,6 +220,8 @@ def sample(argv):
                 raise ValueError(f"the samples of a {type(model).__name__} are no text")
             text = b"\n\n".join(bytes(line) for line in lines.tolist())
             _picture(out, lambda file, **_: file.write(text + b"\n"))
+        elif hasattr(model.config, "rate"):
+            _sound(out, _draw(model, arguments.n, arguments.seed, arguments.label), model.config.rate)
         else:
             _picture(out, _samples(model, arguments.n, arguments.seed, arguments.label).save)
         print(f"wrote {out}")
@@ -335,14 +337,37 @@ def _samples(model, n, seed, label):
     return plots.grid(_draw(model, n, seed, label), levels=getattr(model.config, "levels", None))
 
 
+def _sound(path, sounds, rate):
+    """sounds (N, 1, L) one behind the other into a .wav, and their spectrograms into the .png beside it; of a .png, that alone."""
+    import wave
+
+    import torch
+
+    from genkern import plots
+
+    if path.suffix == ".wav":
+        row = torch.nn.functional.pad(sounds[:, 0].cpu().float(), (0, rate // 8)).flatten()  # a moment of silence behind each
+        samples = (row.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
+
+        def save(file):
+            with wave.open(file, "wb") as out:
+                out.setnchannels(1)
+                out.setsampwidth(2)
+                out.setframerate(rate)
+                out.writeframes(samples)
+
+        _picture(path, save)
+    _picture(path.with_suffix(".png") if path.suffix == ".wav" else path, plots.spectrograms(sounds).save)
+
+
 def _picture(path, save, **settings):
     """Through save(file), whole or not at all."""
     import io
 
     from genkern.models._base import write
 
-    if path.suffix not in (".png", ".npy", ".txt"):
-        raise ValueError(f"the file must end in .png, .npy or .txt, got {path}")
+    if path.suffix not in (".png", ".npy", ".txt", ".wav"):
+        raise ValueError(f"the file must end in .png, .npy, .txt or .wav, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     file = io.BytesIO()

@@ -1,6 +1,7 @@
 """WaveNet: its step against the parallel pass bit for bit, probabilities, continuation, conditions, checkpoints of r9y9's layout."""
 
 import math
+import wave
 
 import pytest
 import torch
@@ -181,3 +182,20 @@ def test_refusals():
     for change in ({"head": "cubic"}, {"layers": 5}, {"gate": 7}):
         with pytest.raises(ValueError):
             tiny(**change)
+
+
+def test_commands(tmp_path, monkeypatch):
+    from genkern.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    with wave.open("tone.wav", "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(4000)
+        file.writeframes((sound(1, 1280)[0, 0] * 32767).to(torch.int16).numpy().tobytes())
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    assert main(["train", "wavenet", "--data", "tone.wav", "--window", "64", "--epochs", "1", "--out", "run", *settings]) == 0
+    assert load("run").config.rate == 4000
+    assert main(["eval", "run"]) == 0
+    assert main(["sample", "run", "--n", "2", "--out", "two.wav"]) == 0
+    with wave.open("two.wav") as file:
+        assert (file.getframerate(), file.getnframes()) == (4000, 2 * (1024 + 500))
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")

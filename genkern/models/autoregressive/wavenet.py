@@ -39,6 +39,7 @@ class WaveNetConfig:
     condition: int = 0  # channels of a local condition
     classes: int = 0  # of a global condition
     class_width: int = 16
+    rate: int = 16000  # samples per second: of the data, for what is written of the samples
 
 
 class WaveNet(Model):
@@ -65,7 +66,7 @@ class WaveNet(Model):
                 f"{cls.__name__}: needs sound of one channel, (N, 1, length) float (a folder of .wav files, or --data plucks), "
                 f"got {data.name} of shape {tuple(data.shape)}"
             )
-        return cls.Config(**{"classes": data.classes, **settings})
+        return cls.Config(**{"classes": data.classes, **({"rate": data.rate} if data.rate else {}), **settings})
 
     def __init__(self, config):
         super().__init__(config)
