@@ -201,16 +201,16 @@ def train(argv):
                     _picture(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
             except ImportError as error:  # the training is done all the same
                 print(f"no pictures: {error}", file=sys.stderr)
-            if hasattr(model, "bits_per_dim") and source.window is None:
+            if hasattr(model, "bits_per_dim"):
                 best = load_run(out, device)[0]
                 values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
-                print("\n".join(_against_baselines(values, source, "test")))
+                print("\n".join(_against_baselines(values, source, "test", best)))
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
 @command
 def sample(argv):
-    """Draw samples from a trained model into a PNG grid (or .npy, .txt): genkern sample run --n 64 [--label 3] --out grid.png"""
+    """Draw samples from a trained model into a PNG grid (or .npy, .txt, .wav): genkern sample run --n 64 [--label 3] --out grid.png"""
     parser = _run_parser("sample", sample)
     parser.add_argument("--n", type=int, help="default 64, of a strip 8")
     parser.add_argument(
@@ -218,7 +218,7 @@ def sample(argv):
         help="of the class, for a model of classes, or a sequence such as 3,1,4 for one of token sequences; by default all in turn",
     )
     parser.add_argument("--strip", action="store_true", help="a row for each image, from noise to image (diffusion models)")
-    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text")
+    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text; .wav")
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv)  # the help, or that the folder is missing; options may come first where the model adds none
     folder = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
@@ -247,6 +247,8 @@ def sample(argv):
                 raise ValueError(f"the samples of a {type(model).__name__} are no text")
             text = b"\n\n".join(bytes(line) for line in values.tolist())
             _picture(out, lambda file, **_: file.write(text + b"\n"))
+        elif hasattr(model.config, "rate"):
+            _sound(out, values, model.config.rate)
         else:
             _picture(out, _grid(model, values).save)
         print(f"wrote {out}")
@@ -273,8 +275,8 @@ def eval_(argv):
         else:
             columns = shutil.get_terminal_size().columns
             print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
-            if hasattr(model, "bits_per_dim") and source.window is None:
-                print("\n".join(_against_baselines(values, source, arguments.split)))
+            if hasattr(model, "bits_per_dim"):
+                print("\n".join(_against_baselines(values, source, arguments.split, model)))
 
 
 @command
@@ -394,9 +396,9 @@ def _run_parser(name, function):
     return parser
 
 
-def _against_baselines(values, source, split):
+def _against_baselines(values, source, split, model):
     """Lines that set a model's figures on a split beside those of models that need no training loop."""
-    from genkern.baselines import baselines
+    from genkern.metrics import baselines
 
     if "bits_per_dim" in values:
         name, unit, own = "bits_per_dim", "bits per dimension", values["bits_per_dim"]
@@ -406,7 +408,7 @@ def _against_baselines(values, source, split):
         scale = math.prod(source.shape) * math.log(2)
     else:
         return []
-    found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split).items()}}
+    found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
     return [f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items())]
 
 
@@ -463,14 +465,37 @@ def _grid(model, values):
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 
+def _sound(path, sounds, rate):
+    """sounds (N, 1, L) one behind the other into a .wav, and their spectrograms into the .png beside it; of a .png, that alone."""
+    import wave
+
+    import torch
+
+    from genkern import plots
+
+    if path.suffix == ".wav":
+        row = torch.nn.functional.pad(sounds[:, 0].cpu().float(), (0, rate // 8)).flatten()  # a moment of silence behind each
+        samples = (row.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
+
+        def save(file):
+            with wave.open(file, "wb") as out:
+                out.setnchannels(1)
+                out.setsampwidth(2)
+                out.setframerate(rate)
+                out.writeframes(samples)
+
+        _picture(path, save)
+    _picture(path.with_suffix(".png") if path.suffix == ".wav" else path, plots.spectrograms(sounds).save)
+
+
 def _picture(path, save, **settings):
     """Through save(file), whole or not at all."""
     import io
 
     from genkern.models._base import write
 
-    if path.suffix not in (".png", ".npy", ".txt"):
-        raise ValueError(f"the file must end in .png, .npy or .txt, got {path}")
+    if path.suffix not in (".png", ".npy", ".txt", ".wav"):
+        raise ValueError(f"the file must end in .png, .npy, .txt or .wav, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     file = io.BytesIO()

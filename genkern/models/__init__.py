@@ -7,6 +7,7 @@ from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
 from genkern.models.autoregressive.pixel_cnn_pp import PixelCNNpp, PixelCNNppConfig
 from genkern.models.autoregressive.pixel_rnn import PixelRNN, PixelRNNConfig
+from genkern.models.autoregressive.wavenet import WaveNet, WaveNetConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig
 from genkern.models.flow.glow import Glow, GlowConfig
@@ -75,4 +76,6 @@ __all__ = [
     "WGANConfig",
     "WGANGP",
     "WGANGPConfig",
+    "WaveNet",
+    "WaveNetConfig",
 ]
