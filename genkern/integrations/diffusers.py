@@ -115,9 +115,9 @@ class _Fused:
             noise = self._noise(m, generator)
         else:
             noise = noise.to(m.device)
-        h1, h2 = (*history, None, None)[:2]
+        h1, h2, h3 = (*history, None, None, None)[:3]
         out = torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
-        return sampler_step(sample, m, table, index, h1, h2, noise=noise, clip=self.clip, out=out)
+        return sampler_step(sample, m, table, index, h1, h2, h3, noise=noise, clip=self.clip, out=out)
 
     def _noise(self, m, generator):
         return randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype)
@@ -325,14 +325,15 @@ class _UniPC(_Multistep):
     def __init__(self, scheduler):
         super().__init__(scheduler)
         self._require("predict_x0", True)
-        self._require("solver_order", 1, 2)
+        self._require("solver_order", 1, 2, 3)
         self._require("solver_type", "bh1", "bh2")
         self._require("solver_p", None)
         if self.config.get("disable_corrector"):
             raise ValueError("fuse_scheduler: disable_corrector must be empty")
 
     def sampler(self):
-        return _bare(UniPC, order=self.config.solver_order, variant=self.config.solver_type)
+        order = self.config.solver_order
+        return _bare(UniPC, order=order, history=order, variant=self.config.solver_type)
 
     def step(self, model_output, timestep, sample, return_dict=True):
         return self._advance(model_output, timestep, sample, None, None, return_dict)

@@ -21,6 +21,7 @@ CASES = [
     ("EulerAncestralDiscrete", LATENT, {}),
     ("UniPCMultistep", LATENT, {}),
     ("UniPCMultistep", dict(solver_type="bh1", final_sigmas_type="sigma_min", use_karras_sigmas=True, **LATENT), {}),
+    ("UniPCMultistep", dict(solver_order=3, **LATENT), {}),
     ("UniPCMultistep", dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0), {}),
     ("DPMSolverMultistep", LATENT, {}),
     ("DPMSolverMultistep", dict(solver_order=3, use_karras_sigmas=True, **LATENT), {}),
@@ -75,7 +76,6 @@ def test_refusals():
         (TypeError, "LCM", {}),
         (ValueError, "DDPM", dict(thresholding=True)),
         (ValueError, "DDPM", dict(variance_type="learned_range")),
-        (ValueError, "UniPCMultistep", dict(solver_order=3)),
         (ValueError, "DPMSolverMultistep", dict(algorithm_type="dpmsolver", final_sigmas_type="sigma_min")),
     ]:
         with pytest.raises(error, match="fuse_scheduler: "):

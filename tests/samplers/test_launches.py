@@ -53,6 +53,15 @@ def test_one_launch_and_no_sync_per_step(sampler, guided):
         assert (counts.launches, counts.syncs, counts.uploads) == ([STEP], [], [])
 
 
+def test_adaptive_guidance_is_one_launch_more():
+    sampler = samplers.DPMSolverMultistep(PRESERVING, 4)
+    for arguments in ({"guidance_rescale": 0.7}, {"guidance_parallel": 0.0, "guidance_max_norm": 2.5}):
+        for counts in steps_of(sampler, guidance_scale=7.5, **arguments)[0]:
+            assert (counts.launches, counts.syncs, counts.uploads) == (["genkern::_guidance_moments", STEP], [], [])
+    for counts in steps_of(samplers.DDPM(PRESERVING, 4, threshold=0.9), guidance_scale=7.5)[0]:
+        assert (counts.launches, counts.syncs, counts.uploads) == (["genkern::_dynamic_threshold", STEP], [], [])
+
+
 def test_a_sync_anywhere_is_seen(monkeypatch):
     """The promise above is not empty: one .item() in the loop shows, and so does a launch."""
     step = _sampler._sampler_step
