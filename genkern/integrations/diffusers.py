@@ -1,7 +1,8 @@
-"""The step of diffusers' schedulers as one fused kernel.
+"""The step of diffusers' schedulers as one fused kernel, and the norms of their models.
 
-    from genkern.integrations.diffusers import fuse_scheduler
-    fuse_scheduler(pipe.scheduler)          # then use the pipeline as before
+    from genkern.integrations.diffusers import fuse
+    fuse(pipe)                              # then use the pipeline as before; unfuse(pipe) undoes it
+    fuse_scheduler(pipe.scheduler)          # the scheduler alone
 
 The scheduler stays the same object of the same class; its coefficients are computed once per set_timesteps, in float64, so that a
 step is one kernel without host synchronisation.
@@ -20,6 +21,44 @@ try:
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:  # pragma: no cover
     raise ImportError("genkern.integrations.diffusers needs diffusers: pip install diffusers") from error
+
+
+def fuse(pipe):
+    """Fuse a pipeline in place, and return it: its scheduler, and group norm with SiLU in its UNets and autoencoders.
+
+    The same generator gives the same images up to rounding. Objects, classes' names, weights, configurations, saving and training
+    stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms read and write contiguous
+    images: with channels_last they would copy. A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
+    Also takes a single model.
+    """
+    models = _models(pipe)
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is not None:
+        fuse_scheduler(scheduler)
+    from genkern.integrations._diffusers_norms import fuse_norms
+
+    for model in models:
+        fuse_norms(model)
+    return pipe
+
+
+def unfuse(pipe):
+    """Undo fuse(pipe), and return it."""
+    if getattr(pipe, "scheduler", None) is not None:
+        unfuse_scheduler(pipe.scheduler)
+    from genkern.integrations._diffusers_norms import unfuse_norms
+
+    for model in _models(pipe):
+        unfuse_norms(model)
+    return pipe
+
+
+def _models(pipe):
+    if isinstance(pipe, torch.nn.Module):
+        return [pipe]
+    if not isinstance(getattr(pipe, "components", None), dict):
+        raise TypeError(f"fuse: expects a diffusers pipeline or one of its models, got {type(pipe).__name__}")
+    return [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
 
 
 def fuse_scheduler(scheduler):

@@ -4,6 +4,7 @@ from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
+from genkern.models.diffusion.stable_diffusion import StableDiffusion
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
 from genkern.models.vae.iwae import IWAE, IWAEConfig
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "Model",
     "Output",
+    "StableDiffusion",
     "Training",
     "VAE",
     "VAEConfig",
