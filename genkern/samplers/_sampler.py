@@ -69,7 +69,7 @@ class Sampler:
         raise NotImplementedError
 
     def table(self, rows, guidance=None):
-        """float64 (evaluations, 13 + 2 history [+ 2]): the rows as ops.sampler_step reads them; guidance: one weight per row, or None."""
+        """float64 (evaluations, 13 + 2 history [+ 2]): rows as ops.sampler_step reads them; guidance: one weight per row, or None."""
         terms = _TERMS[: 4 + self.history]
         result = []
         for i, row in enumerate(rows):
@@ -125,8 +125,8 @@ class Sampler:
         guidance_scale  None, or g of m = u + g (c - u) (classifier-free guidance): the model is called on a doubled batch
         guidance_interval   the part of the steps that is guided (Kynkaanniemi et al., 2024); outside g is 1
         guidance_rescale    the part by which m is brought to the deviation of c (Lin et al., 2023, eq. 15, 16), per sample
-        guidance_parallel, guidance_max_norm    adaptive projected guidance (Sadat et al., 2024, algorithm 1, without momentum): the part
-                        that is kept of c - u where it is parallel to c, and the largest norm of c - u
+        guidance_parallel, guidance_max_norm    adaptive projected guidance (Sadat et al., 2024, algorithm 1, without momentum):
+                        the part that is kept of c - u where it is parallel to c, and the largest norm of c - u
         dtype, model_dtype  of the state and of the model's inputs (default: the same)
         callback        called as callback(evaluation, t, x) after each step; x is overwritten by the next one
         progress        a progress bar; needs tqdm

@@ -29,8 +29,8 @@ def _log_snr(alpha, sigma):
 class DDPM(Sampler):
     """Ancestral sampling, x' ~ N(posterior mean, variance) (Ho et al., 2020, eq. 6, 7), respaced (Nichol & Dhariwal, 2021, section 4).
 
-    variance    "small": the posterior's; "large": beta; "learned_range": the model returns twice the channels, the second half the place
-                between the two in the logarithm (Nichol & Dhariwal, 2021, eq. 15)
+    variance    "small": the posterior's; "large": beta; "learned_range": the model returns twice the channels, the second
+                half the place between the two in the logarithm (Nichol & Dhariwal, 2021, eq. 15)
     """
 
     kinds = ("preserving",)

@@ -59,9 +59,9 @@ def count_launches():
     def stands_in(op, name, device_type):
         return missing(op, "cpu", "cpu") if (name, device_type) == ("cuda", "cuda") else missing(op, name, device_type)
 
-    with torch.no_grad(), mock.patch.object(core.Op, "_missing", stands_in), core.backend("cuda"):
-        with _Dispatch(counts), _Functions(counts):
-            yield counts
+    as_if = mock.patch.object(core.Op, "_missing", stands_in), core.backend("cuda")
+    with torch.no_grad(), as_if[0], as_if[1], _Dispatch(counts), _Functions(counts):
+        yield counts
 
 
 class _OnDevice(torch.Tensor):

@@ -80,7 +80,8 @@ def test_what_is_counted():
         x = torch.ones(3, device="cuda")
         assert x.device.type == "cuda" and counts.reset().launches == ["ones"]
         for wait in (
-            x[0].item, x.tolist, x.cpu, x.nonzero, lambda: float(x[1]), lambda: bool(x[0] > 0), lambda: x[x > 0], lambda: [0, 1][x[0].int()],
+            x[0].item, x.tolist, x.cpu, x.nonzero, lambda: float(x[1]), lambda: bool(x[0] > 0), lambda: x[x > 0],
+            lambda: [0, 1][x[0].int()],
             lambda: torch.empty(3).copy_(x), lambda: torch.equal(x, x), lambda: x.to("cpu", torch.float64),
         ):  # fmt: skip
             wait()

@@ -125,7 +125,7 @@ def sampler_step(
 def dynamic_threshold(
     x, model_output, table, step, *, moments=None, rescale=0.0, parallel=1.0, max_norm=None, quantile=0.995, maximum=1.0
 ):
-    """(N,) bounds of the prediction y = a x + b m of sampler_step: the quantile of |y| of each sample, at least 1 and at most `maximum`.
+    """(N,) bounds of sampler_step's prediction y = a x + b m: the quantile of |y| of each sample, at least 1, at most `maximum`.
 
     Dynamic thresholding (Saharia et al., 2022, section 2.3); between two elements the quantile is interpolated. For sampler_step's
     `bound`. Other arguments as there; model_output may have more channels than x, which are not read. float32 (float64 where a

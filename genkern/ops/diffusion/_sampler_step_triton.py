@@ -142,7 +142,8 @@ def sampler_step(
         *tensors, *(0 if t is None else t.stride(0) for t in tensors),
         table, steps, step, table.shape[0], None if key is None else key.to(x.device), moments, bound, lanes.real(clip),
         lanes.real(rescale), lanes.real(parallel), lanes.real(max_norm),
-        HISTORY=(h1 is not None) + (h2 is not None) + (h3 is not None), STEPS_STRIDE=0 if steps is None or steps.dim() == 0 else 1, DTYPE=dtype,
+        HISTORY=(h1 is not None) + (h2 is not None) + (h3 is not None),
+        STEPS_STRIDE=0 if steps is None or steps.dim() == 0 else 1, DTYPE=dtype,
         KEY_STRIDE=0 if one_key else 2,
         ALIGNED=not one_key or rows == 1 or width % (2 if dtype == tl.float64 else 4) == 0,
     )  # fmt: skip
