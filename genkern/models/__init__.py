@@ -10,6 +10,7 @@ from genkern.models.autoregressive.pixel_rnn import PixelRNN, PixelRNNConfig
 from genkern.models.autoregressive.wavenet import WaveNet, WaveNetConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig
+from genkern.models.diffusion.stable_diffusion import StableDiffusion
 from genkern.models.flow.glow import Glow, GlowConfig
 from genkern.models.flow.maf import IAF, MAF, IAFConfig, MAFConfig
 from genkern.models.flow.neural_spline_flow import NeuralSplineFlow, NeuralSplineFlowConfig
@@ -69,6 +70,7 @@ __all__ = [
     "PixelCNNppConfig",
     "PixelRNN",
     "PixelRNNConfig",
+    "StableDiffusion",
     "Training",
     "VAE",
     "VAEConfig",

@@ -9,7 +9,7 @@ from genkern.ops.autoregressive._sample_tokens import sample_tokens
 from genkern.ops.diffusion._denoising_loss import denoising_loss
 from genkern.ops.diffusion._group_norm_act import group_norm_act
 from genkern.ops.diffusion._q_sample import q_sample
-from genkern.ops.diffusion._sampler_step import sampler_step
+from genkern.ops.diffusion._sampler_step import dynamic_threshold, sampler_step
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments
 from genkern.ops.diffusion._timestep_embedding import timestep_embedding
 from genkern.ops.flow._actnorm import actnorm
@@ -36,6 +36,7 @@ __all__ = [
     "discretized_logistic_nll",
     "discretized_mix_logistic_nll",
     "discretized_mix_logistic_sample",
+    "dynamic_threshold",
     "gated_activation",
     "gaussian_kl",
     "gaussian_log_prob",
