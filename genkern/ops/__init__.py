@@ -16,6 +16,7 @@ from genkern.ops.flow._affine_coupling import affine_coupling
 from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_spline
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
+from genkern.ops.vae._log_importance_weight import log_importance_weight
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "gaussian_nll",
     "group_norm_act",
     "guidance_moments",
+    "log_importance_weight",
     "masked_conv2d",
     "mu_law_decode",
     "mu_law_encode",

@@ -37,7 +37,8 @@ def test_every_kind_trains_samples_and_comes_back(kind, settings, tmp_path):
     assert math.isfinite(loss.item()) and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     backend = core.OPS["reparameterize_kl"].default("cpu")[0]
     nll = f"{model.config.likelihood}_nll"
-    assert genkern.stats()["reparameterize_kl", backend] and any(name == nll for name, _ in genkern.stats())
+    noise = "reparameterize" if kind is IWAE else "reparameterize_kl"
+    assert genkern.stats()[noise, backend] and any(name == nll for name, _ in genkern.stats())
     model.eval()
     samples = model.sample(12, key=KEY, **conditions(model))
     assert samples.dtype == torch.uint8 and samples.shape == (12, 1, 8, 8) and samples.max() <= 16
@@ -78,6 +79,38 @@ def test_importance_weights_are_the_densities_in_float64():
         weights.append(log_p + prior.log_prob(z).sum(1) - posterior.log_prob(z).sum(1))
     expected = torch.stack(weights).logsumexp(0) - math.log(4)
     torch.testing.assert_close(model.log_prob(x, samples=4, key=KEY), expected)
+
+
+def kept(model, x):
+    """(loss, gradients, bytes that autograd keeps for the backward pass)."""
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x, key=KEY).loss
+    return loss.detach(), torch.autograd.grad(loss, list(model.parameters())), total
+
+
+def test_recomputed_samples_change_no_gradient_and_keep_the_activations_of_none():
+    x = images(64)
+    model, thrifty = small(IWAE, samples=16), small(IWAE, samples=16, recompute=True)
+    (loss, gradients, full), (again, regradients, thrift) = kept(model, x), kept(thrifty, x)
+    assert torch.equal(loss, again) and all(torch.equal(a, b) for a, b in zip(gradients, regradients, strict=True))
+    assert thrift < full / 5
+
+
+def test_the_bound_runs_on_the_streaming_kernel():
+    model, x = small(IWAE), images()
+    genkern.reset_stats()
+    model(x, key=KEY).loss.backward()
+    model.log_prob(x, samples=3, key=KEY)
+    backend = core.OPS["log_importance_weight"].default("cpu")[0]
+    assert genkern.stats()["log_importance_weight", backend] == 5 + 3
+    assert genkern.stats()["log_importance_weight_backward", backend] == 5
 
 
 def test_capacity_grows_with_the_training_steps():
