@@ -7,6 +7,7 @@ from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
 from genkern.models.vae.iwae import IWAE, IWAEConfig
+from genkern.models.vae.tc import TCVAE, TCVAEConfig
 from genkern.models.vae.vae import VAE, VAEConfig
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "load",
     "Model",
     "Output",
+    "TCVAE",
+    "TCVAEConfig",
     "Training",
     "VAE",
     "VAEConfig",

@@ -18,6 +18,7 @@ from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
 from genkern.ops.vae._log_importance_weight import log_importance_weight
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
+from genkern.ops.vae._total_correlation import total_correlation
 
 __all__ = [
     "affine_coupling",
@@ -44,4 +45,5 @@ __all__ = [
     "sample_tokens",
     "sampler_step",
     "timestep_embedding",
+    "total_correlation",
 ]

@@ -7,9 +7,19 @@ import torch
 
 import genkern
 from genkern import core, data, models, random, train
-from genkern.models import IWAE, VAE, BetaVAE, BetaVAEConfig, ConditionalVAE, ConditionalVAEConfig, IWAEConfig, VAEConfig
+from genkern.models import (
+    IWAE,
+    TCVAE,
+    VAE,
+    BetaVAE,
+    BetaVAEConfig,
+    ConditionalVAE,
+    ConditionalVAEConfig,
+    IWAEConfig,
+    VAEConfig,
+)
 
-KINDS = (VAE, ConditionalVAE, BetaVAE, IWAE)
+KINDS = (VAE, ConditionalVAE, BetaVAE, IWAE, TCVAE)
 SMALL = {"levels": 16, "width": 4, "hidden": 32, "latent": 5}
 KEY = random.key(3)
 
@@ -113,6 +123,23 @@ def test_the_bound_runs_on_the_streaming_kernel():
     assert genkern.stats()["log_importance_weight_backward", backend] == 5
 
 
+def test_the_parts_of_the_divergence_telescope():
+    """They add up to log q(z|x) - log p(z), whose mean over many samples is the analytic divergence."""
+    model = small(TCVAE, dataset_size=1000, index_code=2.0, beta=5.0, dimensions=3.0)
+    out = model(images(), key=KEY)
+    parts = out.parts
+    torch.testing.assert_close(out.loss, parts["nll"] + 2 * parts["index_code"] + 5 * parts["correlation"] + 3 * parts["dimensions"])
+    mu, log_var = model.encode(images())
+    z = genkern.ops.reparameterize(mu, log_var, key=KEY)
+    posterior, prior = torch.distributions.Normal(mu, (log_var / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    expected = (posterior.log_prob(z) - prior.log_prob(z)).sum(1).mean()
+    torch.testing.assert_close(parts["index_code"] + parts["correlation"] + parts["dimensions"], expected, rtol=1e-5, atol=1e-5)
+    many = [model(images(), key=key).parts for key in random.split(KEY, 400)]
+    total = sum(p["index_code"] + p["correlation"] + p["dimensions"] for p in many) / 400
+    assert total.item() == pytest.approx(parts["kl"].item(), abs=0.15)
+    assert model(images()[:1], key=KEY).loss.isfinite()
+
+
 def test_capacity_grows_with_the_training_steps():
     model = small(BetaVAE, beta=3.0, capacity=8.0, capacity_steps=4)
     for step in range(6):
@@ -153,7 +180,7 @@ def test_bits_per_dim_counts_probabilities_of_levels():
     assert small().bits_per_dim(x).isnan().all()
 
 
-@pytest.mark.parametrize("kind", (VAE, ConditionalVAE))
+@pytest.mark.parametrize("kind", (VAE, ConditionalVAE, TCVAE))
 def test_configs_fit_the_digits_and_a_short_run_learns(kind, tmp_path):
     digits = data.load("digits")
     torch.manual_seed(0)
