@@ -137,7 +137,9 @@ def train(argv):
     """Train a model: genkern train vae --data digits --out run [--resume] [--epochs 20 ...]; under torchrun by several processes."""
     parser = argparse.ArgumentParser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
-    parser.add_argument("--data", required=True, help="digits, a folder of images or .wav files, a .npy file, any file as text")
+    parser.add_argument(
+        "--data", required=True, help="digits, photos, topics, plucks, or a folder of images or .wav, a .npy, any file as text"
+    )
     parser.add_argument("--window", type=int, help="length of the windows into which text or sound is cut")
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
