@@ -24,6 +24,7 @@ from genkern.models.gan.wgan_gp import WGANGP, WGANGPConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
 from genkern.models.vae.iwae import IWAE, IWAEConfig
+from genkern.models.vae.tc import TCVAE, TCVAEConfig
 from genkern.models.vae.vae import VAE, VAEConfig
 
 __all__ = [
@@ -43,10 +44,10 @@ __all__ = [
     "GANConfig",
     "GatedPixelCNN",
     "GatedPixelCNNConfig",
-    "GPT",
-    "GPTConfig",
     "Glow",
     "GlowConfig",
+    "GPT",
+    "GPTConfig",
     "IAF",
     "IAFConfig",
     "IWAE",
@@ -62,22 +63,24 @@ __all__ = [
     "NICE",
     "NICEConfig",
     "Output",
-    "RealNVP",
-    "RealNVPConfig",
     "PixelCNN",
     "PixelCNNConfig",
     "PixelCNNpp",
     "PixelCNNppConfig",
     "PixelRNN",
     "PixelRNNConfig",
+    "RealNVP",
+    "RealNVPConfig",
     "StableDiffusion",
+    "TCVAE",
+    "TCVAEConfig",
     "Training",
     "VAE",
     "VAEConfig",
+    "WaveNet",
+    "WaveNetConfig",
     "WGAN",
     "WGANConfig",
     "WGANGP",
     "WGANGPConfig",
-    "WaveNet",
-    "WaveNetConfig",
 ]

@@ -22,7 +22,9 @@ from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_splin
 from genkern.ops.flow._squeeze import squeeze, unsqueeze
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
+from genkern.ops.vae._log_importance_weight import log_importance_weight
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
+from genkern.ops.vae._total_correlation import total_correlation
 
 __all__ = [
     "actnorm",
@@ -46,6 +48,7 @@ __all__ = [
     "invertible_conv1x1",
     "made_inverse",
     "made_masks",
+    "log_importance_weight",
     "masked_conv2d",
     "masked_linear",
     "mu_law_decode",
@@ -61,4 +64,5 @@ __all__ = [
     "squeeze",
     "timestep_embedding",
     "unsqueeze",
+    "total_correlation",
 ]
