@@ -47,9 +47,9 @@ __all__ = [
     "group_norm_act",
     "guidance_moments",
     "invertible_conv1x1",
+    "log_importance_weight",
     "made_inverse",
     "made_masks",
-    "log_importance_weight",
     "masked_conv2d",
     "masked_linear",
     "mu_law_decode",
@@ -64,6 +64,6 @@ __all__ = [
     "sampler_step",
     "squeeze",
     "timestep_embedding",
-    "unsqueeze",
     "total_correlation",
+    "unsqueeze",
 ]
