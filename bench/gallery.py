@@ -28,7 +28,7 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "conditional-vae": ("digits", {"epochs": 60}),
     "iwae": ("digits", {"epochs": 40}),
     "ddpm": ("digits", {}),
-    "latent-diffusion": ("digits32", {}),
+    "latent-diffusion": ("digits32", {"epochs": 20}),
     "char-lstm": ("topics", {"epochs": 3}),
     "gpt": ("topics", {"epochs": 3}),
 }
