@@ -14,6 +14,7 @@ class WGANConfig(GANConfig):
     norm: str = "group"
     critic_norm: str = "group"
     loss: str = "wasserstein"
+    r1: float = 0.0
     critic_steps: int = 5
     clip: float = 0.05  # the critic's weights lie in [-clip, clip]
 

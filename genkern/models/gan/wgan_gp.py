@@ -12,6 +12,7 @@ class WGANGPConfig(GANConfig):
     norm: str = "group"
     critic_norm: str = "group"
     loss: str = "wasserstein"
+    r1: float = 0.0
     gradient_penalty: float = 10.0
     critic_steps: int = 5
 
