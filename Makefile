@@ -7,7 +7,7 @@ BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
 python = $(VENV)/bin/python
 native = setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: test bench native gpu wheel check-abi format lint
+.PHONY: test bench gallery native gpu wheel check-abi format lint
 
 test: $(VENV)/built
 	$(python) -m pytest
@@ -15,6 +15,9 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(python) -m genkern bench
 	$(python) bench/vae_digits.py
+
+gallery: $(VENV)/built
+	$(python) bench/gallery.py
 
 $(VENV)/built: $(native)
 	test -x $(python) || $(PYTHON) -m venv $(VENV)

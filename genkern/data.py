@@ -1,8 +1,12 @@
-"""Data sets: one that comes without a download, and what lies in a folder or file here.
+"""Data sets: four that come without a download, and what lies in a folder or file here.
 
 import genkern.data
 
-data = genkern.data.load("digits")               # scikit-learn's handwritten digits
+data = genkern.data.load("digits")               # scikit-learn's handwritten digits                 uint8 (N, 1, 8, 8)
+data = genkern.data.load("digits32")             # up to four of them on an image, labels (N, 4)         uint8 (N, 1, 32, 32)
+data = genkern.data.load("photos")               # 32 x 32 patches of its two photographs            uint8 (N, 3, 32, 32)
+data = genkern.data.load("topics")               # the text of Python's documentation topics         uint8 (N, length)
+data = genkern.data.load("plucks")               # two minutes of synthesised plucked strings       float (N, 1, length)
 data = genkern.data.load("photos/")              # images; class subfolders give the labels          uint8 (N, C, H, W)
 data = genkern.data.load("digits.npy")           # uint8 or float images, sequences, points          as stored
 data = genkern.data.load("book.txt", window=256) # any file as bytes, in windows                     uint8 (N, length)
@@ -22,12 +26,14 @@ from genkern import random
 
 SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slice(1617, 1797)}
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-BUILT_IN = ("digits",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set in three fixed splits, each (inputs, labels): labels int64 (N,), or None where there are none."""
+    """A data set in three fixed splits, each (inputs, labels): labels int64 (N,), or None where there are none.
+
+    A label may also be a sequence (N, L) of classes, padded by the number of classes.
+    """
 
     name: str  # what load() takes to give it again
     train: tuple
@@ -60,9 +66,13 @@ def load(source, *, window=None):
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"load: window must be a positive int, got {window!r}")
     path = Path(os.path.abspath(source))  # the name of the data serves from other folders too
-    if str(source) in BUILT_IN:
+    if str(source) in IMAGES_BUILT_IN:
         _no_windows(source, window)
-        return _digits()
+        return IMAGES_BUILT_IN[source]()
+    if str(source) == "topics":
+        return _topics(window or 128)
+    if str(source) == "plucks":
+        return _plucks(window or 1024)
     if path.is_dir():
         files = sorted(
             p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
@@ -85,11 +95,15 @@ def load(source, *, window=None):
             return _sound(path, [path], window or 1024)
         if path.suffix.lower() in IMAGES:
             raise ValueError(f"load: {path} is one image: give the folder of the images")
-        return _text(path, window or 128)
-    close = difflib.get_close_matches(str(source), BUILT_IN, 1)
+        try:
+            return _text(str(path), path.read_bytes(), window or 128)
+        except OSError as error:
+            raise ValueError(f"load: {path} cannot be read: {error}") from error
+    built_in = (*IMAGES_BUILT_IN, "topics", "plucks")
+    close = difflib.get_close_matches(str(source), built_in, 1)
     if not close and path.parent.is_dir():
         close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)]
-    hint = f"; did you mean {close[0]!r}?" if close else f"; built in: {', '.join(BUILT_IN)}"
+    hint = f"; did you mean {close[0]!r}?" if close else f"; built in: {', '.join(built_in)}"
     raise FileNotFoundError(f"load: no data set and no file {str(source)!r}{hint}")
 
 
@@ -118,6 +132,92 @@ def digits(split=None):
 def _digits():
     parts = {split: digits(split) for split in SPLITS}
     return Data("digits", **parts, shape=(1, 8, 8), levels=16, class_names=tuple("0123456789"))
+
+
+def _digits32():
+    """Up to four of the digits on one 32 x 32 image, each doubled in size to a quarter of it, in reading order from the top left.
+
+    The label is the sequence of the digits, padded by 10. Digits of one split are composed only with each other.
+    """
+    splits = {}
+    for (split, (images, labels)), count in zip({name: digits(name) for name in SPLITS}.items(), (4000, 400, 400), strict=True):
+        for_digit, for_length = random.split(random.fold_in(random.key(32), len(images)), 2)
+        chosen = random.bits(for_digit, (count, 4), dtype=torch.int64).remainder(len(images))
+        length = 1 + random.bits(for_length, (count, 1), dtype=torch.int64).remainder(4)
+        absent = torch.arange(4) >= length
+        large = torch.nn.functional.interpolate(images.float() * (255 / 16), scale_factor=2, mode="bilinear")  # (N, 1, 16, 16)
+        tiles = large[chosen, 0].masked_fill(absent[:, :, None, None], 0).round().to(torch.uint8)  # (count, 4, 16, 16)
+        pictures = tiles.view(count, 2, 2, 16, 16).permute(0, 1, 3, 2, 4).reshape(count, 1, 32, 32)
+        splits[split] = (pictures, labels[chosen].masked_fill(absent, 10))
+    return Data("digits32", **splits, shape=(1, 32, 32), levels=255, class_names=tuple("0123456789"))
+
+
+def _photos():
+    """Patches of scikit-learn's two photographs: of the left three quarters one every 8 pixels to train on, of the right quarter
+    those that do not overlap, in turn for validation and test. The label says which photograph."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ImportError('load: photos need scikit-learn and Pillow, of the extra "models": pip install "genkern[models]"') from error
+    parts = {split: [] for split in SPLITS}
+    for picture in load_sample_images().images:  # (427, 640, 3)
+        pixels = torch.tensor(picture)
+        cut = pixels.shape[1] * 3 // 4
+        patches = lambda area, step: area.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1)  # (N, 3, 32, 32)
+        kept = patches(pixels[:, cut:], 32)
+        for split, some in zip(SPLITS, (patches(pixels[:, :cut], 8), kept[0::2], kept[1::2]), strict=True):
+            parts[split].append(some.contiguous())
+    splits = {
+        split: (torch.cat(pair), torch.repeat_interleave(torch.arange(2), torch.tensor([len(x) for x in pair])))
+        for split, pair in parts.items()
+    }
+    return Data("photos", **splits, shape=(3, 32, 32), levels=255, class_names=("china", "flower"))
+
+
+def _topics(length):
+    """The text that Python's help() shows, of the Python that runs: about half a megabyte."""
+    from pydoc_data.topics import topics
+
+    return _text("topics", "\n".join(topics[name] for name in sorted(topics)).encode(), length)
+
+
+def _plucks(length):
+    """Two minutes at 8 kHz of two strings, plucked every 250 ms with random pitch and loudness (Karplus & Strong, 1983).
+
+    A string is a delay line of one period: soft noise first, then y[t] = d (y[t-p] + y[t-p-1]) / 2, which dulls and dies away.
+    A faint noise and 16 bits make it no easier than a recording.
+    """
+    rate, seconds, beat = 8000, 120, 2000
+    count, length_of_tone = rate * seconds // beat, 4 * beat
+    sound = torch.zeros(2, rate * seconds + length_of_tone, dtype=torch.float64)
+    scale = (0, 2, 4, 7, 9, 12, 14, 16, 19, 21)  # semitones of a pentatonic scale
+    for string, lowest in enumerate((110.0, 164.8)):  # Hz
+        pitch_key, loud_key, pluck_key = random.split(random.fold_in(random.key(1983), string), 3)
+        notes = random.bits(pitch_key, (count,), dtype=torch.int64).remainder(len(scale))
+        loudness = random.uniform(loud_key, (count, 1), dtype=torch.float64) * 0.5 + 0.1
+        for note, semitones in enumerate(scale):
+            beats = (notes == note).nonzero()[:, 0]
+            period = round(rate / (lowest * 2 ** (semitones / 12)))
+            noise = random.uniform(random.split(pluck_key, count)[beats], (len(beats), period + 5), dtype=torch.float64) * 2 - 1
+            turns = [noise.unfold(1, 6, 1).mean(-1)]  # (notes, period)
+            last = torch.zeros(len(beats), 1, dtype=torch.float64)  # y[t-p-1] of the first sample
+            for _ in range(length_of_tone // period):
+                turns.append(0.499 * (turns[-1] + torch.cat([last, turns[-1][:, :-1]], 1)))
+                last = turns[-2][:, -1:]
+            tones = loudness[beats] * torch.cat(turns, 1)[:, :length_of_tone]
+            for i, tone in zip(beats.tolist(), tones, strict=True):
+                sound[string, i * beat : i * beat + length_of_tone] += tone
+    hiss = random.normal(random.key(8000), (rate * seconds,), dtype=torch.float32) * 1e-3
+    mixed = sound.sum(0)[: rate * seconds].float() + hiss
+    mixed = (mixed.clamp(-1, 1) * 32767).round() / 32768
+    count = len(mixed) // length
+    if count == 0:
+        raise ValueError(f"load: plucks has {len(mixed)} samples, less than one window of {length}")
+    windows = mixed[: count * length].view(count, 1, length)
+    return _split("plucks", windows, None, f"windows of {length} samples", levels=None, window=length, rate=rate)
+
+
+IMAGES_BUILT_IN = {"digits": _digits, "digits32": _digits32, "photos": _photos}
 
 
 def _images(path, files):
@@ -187,16 +287,12 @@ def _npy(path):
     return _shuffle_and_split(str(path), x.unsqueeze(1) if x.dim() == 3 else x, None, levels=levels)
 
 
-def _text(path, length):
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"load: {path} cannot be read: {error}") from error
+def _text(name, content, length):
     count = len(content) // length
     if count == 0:
-        raise ValueError(f"load: {path} has {len(content)} bytes, less than one window of {length}")
+        raise ValueError(f"load: {name} has {len(content)} bytes, less than one window of {length}")
     windows = torch.frombuffer(bytearray(content[: count * length]), dtype=torch.uint8)
-    return _split(str(path), windows.view(count, length), None, f"windows of {length} bytes", levels=255, window=length)
+    return _split(name, windows.view(count, length), None, f"windows of {length} bytes", levels=255, window=length)
 
 
 def _sound(path, files, length):

@@ -70,9 +70,8 @@ class Model(torch.nn.Module):
         return {"loss": [p for p in self.parameters() if p.requires_grad]}
 
     def due(self, objective, step):
-        """Whether training step 0, 1, ... trains an objective: a GAN's critic may take several steps to one of its generator's.
-
-        The first objective is due at every step.
+        """Whether training step 0, 1, ... trains an objective: a GAN's critic may take several steps to one of its generator's, and a
+        model of two stages trains one after the other. In an epoch without the first objective there is no training "loss".
         """
         return True
 
@@ -129,6 +128,11 @@ class Model(torch.nn.Module):
         super().__init__()
         if not isinstance(config, self.Config):
             raise TypeError(f"{type(self).__name__}: config must be a {self.Config.__name__}, got {type(config).__name__}")
+        for field in dataclasses.fields(config):  # what counts something by default must count something
+            value = getattr(config, field.name)
+            counts = type(field.default) is int and field.default > 0
+            if counts and (type(value) is not int or value < 1):
+                raise ValueError(f"{type(self).__name__}: {field.name} must be a positive int, got {value!r}")
         self.config = config
 
     def save_pretrained(self, folder):

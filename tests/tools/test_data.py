@@ -142,3 +142,28 @@ def test_unknown_names_get_a_suggestion(tmp_path):
     refused("built in: digits", "cifar10", FileNotFoundError)
     (tmp_path / "photos").mkdir()
     refused("did you mean .*photos'", tmp_path / "photo", FileNotFoundError)
+
+
+def test_photos_hold_out_a_quarter():
+    pytest.importorskip("sklearn")
+    data = load("photos")
+    assert data.shape == (3, 32, 32) and data.levels == 255 and data.class_names == ("china", "flower")
+    from sklearn.datasets import load_sample_images
+
+    china = torch.tensor(load_sample_images().images[0])
+    (train, labels), (held, held_labels), (test, _) = data.train, data.validation, data.test
+    assert torch.equal(train[0], china[:32, :32].permute(2, 0, 1)) and torch.equal(train[1], china[:32, 8:40].permute(2, 0, 1))
+    assert torch.equal(held[0], china[:32, 480:512].permute(2, 0, 1)) and torch.equal(test[0], china[:32, 512:544].permute(2, 0, 1))
+    assert [len(train), len(held), len(test)] == [2 * 50 * 57, 66, 64] and labels.bincount().tolist() == [2850, 2850]
+    assert held_labels.bincount().tolist() == [33, 33]
+
+
+def test_topics_are_in_order_and_plucks_are_made():
+    text, sound = load("topics", window=64), load("plucks", window=500)
+    assert text.shape == (64,) and len(text.train[0]) > 1000
+    assert b"assert" in bytes(text.train[0][:4].flatten().tolist())  # the first topic of all
+    assert sound.shape == (1, 500) and sound.rate == 8000 and [len(sound.split(s)[0]) for s in ("train", "test")] == [1536, 192]
+    x = torch.cat([sound.train[0], sound.validation[0]]).flatten()
+    assert x.abs().max() <= 1 and 0.03 < x.std() < 0.3 and x.mean().abs() < 0.01
+    assert torch.equal(load("plucks", window=500).test[0], sound.test[0])
+    refused("less than one window", "plucks", window=10**7)

@@ -1,0 +1,154 @@
+"""The gallery: trains a small default of every model that exists and writes one page of pictures with figures and times.
+
+    make gallery                           # all of it, some twenty minutes on 2 cores
+    python bench/gallery.py vae glow       # these parts anew; the page keeps the others
+
+Each part is `genkern train NAME --data DATA` with the settings of the table below, then held-out figures of the test split and samples.
+Writes bench/results/gallery/: NAME.png, NAME.json, all.png, and README.md, the page.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import genkern
+from genkern import cli, data, plots, train
+
+FOLDER = Path(__file__).parent / "results" / "gallery"
+PARTS = {  # name of the model: (data, settings beside its defaults, of Training or of its Config)
+    "vae": ("digits", {"epochs": 60}),
+    "beta-vae": ("digits", {"epochs": 60}),
+    "conditional-vae": ("digits", {"epochs": 60}),
+    "iwae": ("digits", {"epochs": 40}),
+    "ddpm": ("digits", {}),
+    "latent-diffusion": ("digits32", {}),
+    "char-lstm": ("topics", {"epochs": 3}),
+    "gpt": ("topics", {"epochs": 3}),
+}
+
+
+def run(name):
+    """Train one part; write its picture and figures."""
+    source_name, settings = PARTS[name]
+    kind, source = cli.model_class(name), data.load(source_name)
+    of_training = {field.name for field in dataclasses.fields(genkern.models.Training)}
+    torch.manual_seed(0)
+    model = kind(kind.config_for(source, **{k: v for k, v in settings.items() if k not in of_training}))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        history = train.fit(model, source, folder, **{k: v for k, v in settings.items() if k in of_training})
+        model = genkern.models.load(folder)  # the best weights by validation loss
+    seconds = time.perf_counter() - start
+    held_out = model.evaluate(*source.test, key=genkern.random.key(1), likelihood=True)
+    start = time.perf_counter()
+    picture(name, model, source).save(FOLDER / f"{name}.png")
+    facts = {
+        "model": kind.__name__,
+        "data": source_name,
+        "settings": settings,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": len(history),
+        "training_seconds": round(seconds, 1),
+        "sampling_seconds": round(time.perf_counter() - start, 1),
+        "held_out": held_out,
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "genkern": genkern.__version__,
+    }
+    (FOLDER / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def picture(name, model, source):
+    """A PIL image of samples: a grid of images, lines of text, or waves."""
+    key = genkern.random.key(2)
+    images = len(source.shape) == 3
+    n = 64 if images and source.shape[-1] < 32 else 16 if images else 4
+    labels = {"labels": cli.labels(model, n)} if "labels" in model.conditions else {}
+    samples = model.sample(n, key=key, **labels)
+    if images:
+        return plots.grid(samples, levels=source.levels)
+    import io
+
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(3.2, 3.2), dpi=100)
+    if source.levels is None:
+        for axes, wave in zip(figure.subplots(n, 1), samples.flatten(1), strict=True):
+            axes.plot(wave, linewidth=0.6)
+            axes.set_axis_off()
+    else:
+        lines = bytes(samples[0].tolist()).decode("latin-1").expandtabs(2).splitlines()
+        text = "\n".join(part for line in lines for part in (line[i : i + 40] for i in range(0, max(1, len(line)), 40)))
+        figure.text(0.02, 0.98, text.replace("$", r"\$"), family="monospace", size=7, va="top")
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("L")
+
+
+def page():
+    """README.md and all.png of the parts that have been run."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    done = {name: json.loads((FOLDER / f"{name}.json").read_text()) for name in PARTS if (FOLDER / f"{name}.json").exists()}
+    if not done:
+        return
+    lines = [
+        "# Gallery",
+        "",
+        "Made by `make gallery`: small models, minutes of training on two cores. Figures are means over the test split.",
+        "",
+    ]
+    lines += ["| samples | model | held-out figures | |", "|---|---|---|---|"]
+    for name, facts in done.items():
+        figures = "<br>".join(f"{title.replace('_', ' ')} {value:.3f}" for title, value in facts["held_out"].items())
+        settings = "".join(f" --{k.replace('_', '-')} {v}" for k, v in facts["settings"].items())
+        made = f"{facts['parameters']:,} parameters<br>{facts['epochs']} epochs in {facts['training_seconds']:.0f} s"
+        command = f"`genkern train {name} --data {facts['data']}{settings}`"
+        lines.append(f'| <img src="{name}.png" width="240"> | **{facts["model"]}**<br>{command} | {figures} | {made} |')
+    (FOLDER / "README.md").write_text("\n".join(lines) + "\n")
+    columns = 5
+    rows = -(-len(done) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.4 * rows), dpi=90, layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, (name, facts) in zip(cells, done.items(), strict=False):
+        axes.imshow(Image.open(FOLDER / f"{name}.png"), cmap="gray", interpolation="nearest")
+        axes.set_title(f"{facts['model']}, {facts['training_seconds']:.0f} s", size=9)
+    figure.savefig(FOLDER / "all.png")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"by default all: {', '.join(PARTS)}")
+    wanted = parser.parse_args(argv).parts or list(PARTS)
+    for name in wanted:
+        if name not in PARTS:
+            close = difflib.get_close_matches(name, PARTS, 1)
+            parser.error(f"no part {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; the parts are {', '.join(PARTS)}"))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for i, name in enumerate(wanted, 1):
+        print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
+        try:
+            run(name)
+        except Exception as error:  # the other parts are worth having
+            failed.append(name)
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        page()
+    print(f"wrote {FOLDER / 'README.md'}")
+    return f"failed: {', '.join(failed)}" if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
