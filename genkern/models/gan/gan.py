@@ -68,10 +68,8 @@ class GAN(Model):
             raise ValueError(f"{name}: levels must be in 1..255, got {c.levels}")
         if c.network == "conv" and (c.resolutions < 1 or c.size < 1 << c.resolutions or c.size % (1 << c.resolutions)):
             raise ValueError(f"{name}: size must be a multiple of {1 << max(1, c.resolutions)}, got {c.size}")
-        if c.critic_steps < 1:
-            raise ValueError(f"{name}: critic_steps must be at least 1, got {c.critic_steps}")
-        if c.gradient_penalty and c.critic_norm == "batch" and not c.spectral_norm:
-            raise ValueError(f"{name}: gradient_penalty needs a critic that scores each image alone: critic_norm none or group")
+        if (c.gradient_penalty or c.r1) and c.critic_norm == "batch" and not c.spectral_norm:
+            raise ValueError(f"{name}: gradient_penalty and r1 need a critic that scores each image alone: critic_norm none or group")
         self._check_lipschitz()
         classes = getattr(c, "classes", 0)
         self.generator = generator(c, c.latent + classes)
