@@ -49,7 +49,7 @@ class GAN(Model):
     """GAN(GANConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]."""
 
     Config = GANConfig
-    defaults = Training(epochs=150, batch_size=64, learning_rate=2e-3, ema=0.995)
+    defaults = Training(epochs=120, batch_size=64, learning_rate=2e-3, ema=0.995)
     betas = (0.5, 0.999)  # of Adam
 
     @classmethod
