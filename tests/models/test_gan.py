@@ -306,11 +306,12 @@ def test_fits_a_data_set(kind):
         (GAN, {"network": "rnn"}, "network must be one of mlp, conv"),
         (GAN, {"loss": "l2"}, "loss must be one of"),
         (GAN, {"loss": "wasserstein", "spectral_norm": False}, "needs spectral_norm or gradient_penalty"),
-        (GAN, {"critic_steps": 0}, "critic_steps must be at least 1"),
+        (GAN, {"critic_steps": 0}, "critic_steps must be a positive int"),
         (DCGAN, {"size": 6}, "size must be a multiple of 4, got 6"),
         (WGAN, {"loss": "hinge"}, "loss must be wasserstein"),
         (WGAN, {"clip": 0.0}, "clip must be positive"),
         (WGANGP, {"critic_norm": "batch"}, "scores each image alone"),
+        (DCGAN, {"critic_norm": "batch"}, "scores each image alone"),
     ],
 )
 def test_wrong_settings_are_refused_in_words(kind, settings, words):

@@ -1,6 +1,6 @@
 """ConditionalGAN: both networks see a label (Mirza & Osindero, 2014)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ class ConditionalGAN(GAN):
     """
 
     Config = ConditionalGANConfig
+    defaults = replace(GAN.defaults, epochs=60)
     conditions = ("labels",)
 
     @classmethod

@@ -10,15 +10,14 @@ from genkern.models.gan.gan import GAN, GANConfig
 class DCGANConfig(GANConfig):
     network: str = "conv"
     norm: str = "batch"
-    spectral_norm: bool = True
 
 
 class DCGAN(GAN):
     """DCGAN(DCGANConfig(levels=16)): as GAN; strided and transposed convolutions, batch norm in the generator.
 
-    The discriminator has the spectral norm of Miyato et al. (2018), which came after the paper and made such networks stable; with
-    spectral_norm=False and critic_norm="batch" it is that of the paper.
+    The discriminator has R1 in place of the paper's batch norm, which mixes the images that the penalty takes apart; r1=0 with
+    critic_norm="batch" is that of the paper, and r1=0 with spectral_norm=True that of Miyato et al. (2018).
     """
 
     Config = DCGANConfig
-    defaults = Training(epochs=100, batch_size=64, learning_rate=2e-4, ema=0.995)
+    defaults = Training(epochs=100, batch_size=64, learning_rate=2e-3, ema=0.995)

@@ -41,7 +41,7 @@ class GANConfig:
     loss: str = "non_saturating"  # "minimax", "hinge" or "wasserstein": losses.py
     spectral_norm: bool = False  # of the discriminator's layers (Miyato et al., 2018)
     gradient_penalty: float = 0.0  # weight of (|grad| - 1)^2 between real and generated images
-    r1: float = 0.0  # weight of |grad|^2 / 2 on real images
+    r1: float = 1.0  # weight of |grad|^2 / 2 on real images: without it, these small networks collapse
     critic_steps: int = 1  # of the discriminator to one of the generator
 
 
@@ -49,7 +49,7 @@ class GAN(Model):
     """GAN(GANConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]."""
 
     Config = GANConfig
-    defaults = Training(epochs=150, batch_size=64, learning_rate=2e-4, ema=0.995)
+    defaults = Training(epochs=120, batch_size=64, learning_rate=2e-3, ema=0.995)
     betas = (0.5, 0.999)  # of Adam
 
     @classmethod
@@ -68,10 +68,8 @@ class GAN(Model):
             raise ValueError(f"{name}: levels must be in 1..255, got {c.levels}")
         if c.network == "conv" and (c.resolutions < 1 or c.size < 1 << c.resolutions or c.size % (1 << c.resolutions)):
             raise ValueError(f"{name}: size must be a multiple of {1 << max(1, c.resolutions)}, got {c.size}")
-        if c.critic_steps < 1:
-            raise ValueError(f"{name}: critic_steps must be at least 1, got {c.critic_steps}")
-        if c.gradient_penalty and c.critic_norm == "batch" and not c.spectral_norm:
-            raise ValueError(f"{name}: gradient_penalty needs a critic that scores each image alone: critic_norm none or group")
+        if (c.gradient_penalty or c.r1) and c.critic_norm == "batch" and not c.spectral_norm:
+            raise ValueError(f"{name}: gradient_penalty and r1 need a critic that scores each image alone: critic_norm none or group")
         self._check_lipschitz()
         classes = getattr(c, "classes", 0)
         self.generator = generator(c, c.latent + classes)
@@ -91,7 +89,7 @@ class GAN(Model):
         return torch.optim.Adam(parameters, training.learning_rate, self.betas, weight_decay=training.weight_decay)
 
     def forward(self, batch, *, objective, key=None, generator=None, **conditions):
-        """.loss of the objective "discriminator" or "generator", the mean over the batch; .parts: mean scores, penalties."""
+        """.loss of the objective "discriminator" or "generator", a mean over the batch; .parts: mean scores and penalties."""
         if objective not in OBJECTIVES:
             raise ValueError(f"{type(self).__name__}: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         c, real = self.config, self._images(batch)

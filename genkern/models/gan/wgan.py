@@ -14,6 +14,7 @@ class WGANConfig(GANConfig):
     norm: str = "group"
     critic_norm: str = "group"
     loss: str = "wasserstein"
+    r1: float = 0.0
     critic_steps: int = 5
     clip: float = 0.05  # the critic's weights lie in [-clip, clip]
 
@@ -26,7 +27,7 @@ class WGAN(GAN):
     """
 
     Config = WGANConfig
-    defaults = Training(epochs=200, batch_size=64, learning_rate=5e-4, ema=0.995)
+    defaults = Training(epochs=150, batch_size=64, learning_rate=1e-3, ema=0.995)
 
     def __init__(self, config):
         super().__init__(config)

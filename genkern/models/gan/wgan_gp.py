@@ -12,6 +12,7 @@ class WGANGPConfig(GANConfig):
     norm: str = "group"
     critic_norm: str = "group"
     loss: str = "wasserstein"
+    r1: float = 0.0
     gradient_penalty: float = 10.0
     critic_steps: int = 5
 
@@ -23,5 +24,5 @@ class WGANGP(GAN):
     """
 
     Config = WGANGPConfig
-    defaults = Training(epochs=200, batch_size=64, learning_rate=2e-4, ema=0.995)
+    defaults = Training(epochs=100, batch_size=64, learning_rate=5e-4, ema=0.995)
     betas = (0.0, 0.9)
