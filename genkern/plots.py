@@ -43,6 +43,26 @@ def grid(images, *, levels=None, columns=None, scale=None):
     return Image.fromarray(pixels.squeeze(-1).numpy() if c == 1 else pixels.numpy())
 
 
+def spectrograms(sounds, *, size=256, floor=80):
+    """A PIL image of sounds (N, 1, L), one below the other: time to the right, frequency upwards, white the loudest.
+
+    size: samples per window, which overlap by three quarters; floor: decibels below the loudest that are black.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('spectrograms: needs Pillow, of the extra "models": pip install "genkern[models]"') from error
+    if not isinstance(sounds, torch.Tensor) or sounds.dim() != 3 or sounds.shape[1] != 1 or sounds.numel() == 0:
+        found = tuple(sounds.shape) if isinstance(sounds, torch.Tensor) else type(sounds).__name__
+        raise ValueError(f"spectrograms: sounds must be (N, 1, L) with N and L at least 1, got {found}")
+    x = torch.nn.functional.pad(sounds[:, 0].detach().cpu().float(), (size // 2, size // 2))
+    power = torch.stft(x, size, size // 4, window=torch.hann_window(size), center=False, return_complex=True).abs() ** 2  # (N, F, T)
+    decibels = 10 * torch.log10(power / power.max().clamp(min=1e-12) + 1e-12)
+    pixels = ((decibels / floor + 1).clamp(0, 1) * 255).round().to(torch.uint8).flip(1)
+    pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 1), value=128).flatten(0, 1).repeat_interleave(4, 1)
+    return Image.fromarray(pixels.numpy())
+
+
 def curves(history):
     """A matplotlib figure of a history that fit() returned (or history.json): the losses in training and validation per epoch."""
     try:

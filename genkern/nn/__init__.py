@@ -1,5 +1,6 @@
 """Layers: parameters and initialisation around genkern.ops, with the arguments and state_dict keys of their twins in torch.nn."""
 
+from genkern.nn.causal_attention import CausalAttention2d
 from genkern.nn.causal_conv import CausalConv1d
 from genkern.nn.flow_layers import (
     ActNorm,
@@ -34,3 +35,4 @@ __all__ = [
     "SplineCoupling",
     "Squeeze",
 ]
+__all__ = ["CausalAttention2d", "CausalConv1d", "GroupNormAct", "MaskedConv2d"]

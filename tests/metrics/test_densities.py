@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from genkern.baselines import Gaussian, baselines, histogram_log_prob
 from genkern.data import Data
+from genkern.metrics import Gaussian, baselines, histogram_log_prob
 
 
 def made(inputs, levels):

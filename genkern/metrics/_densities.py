@@ -1,30 +1,10 @@
-"""What a density model must beat: figures of two models that need no training loop.
-
-    genkern.baselines.baselines(genkern.data.load("digits"))   # {"per-pixel histogram": 2.4, "full-covariance Gaussian": ...}
-
-All are bits per dimension of a held-out split, fitted on data.train.
-"""
+"""Density models that need no training loop."""
 
 import math
 
 import torch
 
 SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-
-
-def baselines(data, split="test"):
-    """{name: bits per dimension on the split} for a genkern.data set of images, bytes or points.
-
-    "per-pixel histogram": every pixel apart from the others, the counts of its levels plus one; for uint8 inputs only.
-    "full-covariance Gaussian": see Gaussian. For float inputs a density's, which may be below 0.
-    """
-    inputs = data.split(split)[0]
-    dimensions = math.prod(data.shape)
-    found = {}
-    if data.levels is not None:
-        found["per-pixel histogram"] = -float(histogram_log_prob(data, inputs).mean()) / (dimensions * math.log(2))
-    found["full-covariance Gaussian"] = -float(Gaussian(data).log_prob(inputs).mean()) / (dimensions * math.log(2))
-    return found
 
 
 def histogram_log_prob(data, inputs):
