@@ -144,9 +144,8 @@ def main():
                 start = time.perf_counter()
                 once(*runs[way], x)
                 times[way].append(time.perf_counter() - start)
-        print(
-            f"\nK = {k}, {arguments.shape}, networks of {arguments.width} channels, {torch.backends.cpu.get_cpu_capability()}, one thread"
-        )
+        machine = f"{torch.backends.cpu.get_cpu_capability()}, one thread"
+        print(f"\nK = {k}, {arguments.shape}, networks of {arguments.width} channels, {machine}")
         print(f"{'':36}{'kept MB':>10}{'peak MB':>10}{'ms':>10}")
         for way in ways:
             kept_mb, peak_mb = kept(*runs[way], x) / 1e6, peak(way, k, arguments.shape, arguments.width) / 1e6
