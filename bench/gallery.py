@@ -34,7 +34,7 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "pixel-cnn": ("digits", {}),
     "gated-pixel-cnn": ("digits", {}),
     "pixel-rnn": ("digits", {}),
-    "pixel-cnnpp": ("photos", {}),
+    "pixel-cnnpp": ("photos", {"width": 16}),
 }
 
 

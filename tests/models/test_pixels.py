@@ -185,7 +185,7 @@ def test_the_command_line_trains_below_the_histogram(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     run = str(tmp_path / "run")
-    settings = ["--epochs", "2", "--width", "12", "--blocks", "1", "--ema", "none", "--dropout", "0"]
+    settings = ["--epochs", "3", "--width", "16", "--blocks", "2", "--ema", "none", "--dropout", "0"]
     assert main(["train", "pixel-cnn", "--data", "digits", "--out", run, *settings]) == 0
     assert (tmp_path / "run" / "samples.png").exists()
     capsys.readouterr()
