@@ -31,6 +31,10 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "latent-diffusion": ("digits32", {"epochs": 20}),
     "char-lstm": ("topics", {"epochs": 3}),
     "gpt": ("topics", {"epochs": 3}),
+    "pixel-cnn": ("digits", {}),
+    "gated-pixel-cnn": ("digits", {}),
+    "pixel-rnn": ("digits", {}),
+    "pixel-cnnpp": ("photos", {"width": 16}),
 }
 
 

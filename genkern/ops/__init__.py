@@ -1,8 +1,13 @@
 """Ops: functions on tensors, one file each, on every backend."""
 
 from genkern.ops.autoregressive._causal_conv1d import causal_conv1d, causal_conv1d_update
-from genkern.ops.autoregressive._discretized_mix_logistic import discretized_mix_logistic_nll, discretized_mix_logistic_sample
+from genkern.ops.autoregressive._discretized_mix_logistic import (
+    discretized_mix_logistic_cdf,
+    discretized_mix_logistic_nll,
+    discretized_mix_logistic_sample,
+)
 from genkern.ops.autoregressive._gated_activation import gated_activation
+from genkern.ops.autoregressive._gaussian_mixture import gaussian_mixture_nll, gaussian_mixture_sample
 from genkern.ops.autoregressive._masked_conv2d import masked_conv2d
 from genkern.ops.autoregressive._mu_law import mu_law_decode, mu_law_encode
 from genkern.ops.autoregressive._sample_tokens import sample_tokens
@@ -37,12 +42,15 @@ __all__ = [
     "denoising_loss",
     "dequantize",
     "discretized_logistic_nll",
+    "discretized_mix_logistic_cdf",
     "discretized_mix_logistic_nll",
     "discretized_mix_logistic_sample",
     "dynamic_threshold",
     "gated_activation",
     "gaussian_kl",
     "gaussian_log_prob",
+    "gaussian_mixture_nll",
+    "gaussian_mixture_sample",
     "gaussian_nll",
     "group_norm_act",
     "guidance_moments",
