@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import platform
@@ -188,9 +189,12 @@ def train(argv):
             print(plots.table(history[-1:], shutil.get_terminal_size().columns))
             try:
                 _picture(out / "curves.png", plots.curves(history).savefig, dpi=120)
-                if len(source.shape) == 3 and source.shape[0] in (1, 3):
+                kept = (out / "config.json").exists()  # a model of two stages keeps no weights in the first
+                if kept and len(source.shape) == 3 and source.shape[0] in (1, 3):
                     best = load_run(out, device)[0]
-                    _picture(out / "samples.png", _samples(best, 64, arguments["seed"], None).save)
+                    _picture(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
+                    if hasattr(best, "denoising"):
+                        _picture(out / "strip.png", _grid(best, _draw(best, 8, arguments["seed"], strip=True)).save)
             except ImportError as error:  # the training is done all the same
                 print(f"no pictures: {error}", file=sys.stderr)
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
@@ -200,30 +204,45 @@ def train(argv):
 def sample(argv):
     """Draw samples from a trained model into a PNG grid (or .npy, .txt, .wav): genkern sample run --n 64 [--label 3] --out grid.png"""
     parser = _run_parser("sample", sample)
-    parser.add_argument("--n", type=int, default=64)
-    parser.add_argument("--label", type=int, help="of the class, for a model of classes; by default all in turn")
+    parser.add_argument("--n", type=int, help="default 64, of a strip 8")
+    parser.add_argument(
+        "--label",
+        help="of the class, for a model of classes, or a sequence such as 3,1,4 for one of token sequences; by default all in turn",
+    )
+    parser.add_argument("--strip", action="store_true", help="a row for each image, from noise to image (diffusion models)")
     parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text; .wav")
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv)  # the help, or that the folder is missing; options may come first where the model adds none
+    folder = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    with _words("sample"):
+        model, _ = load_run(folder.folder, folder.device)
+    group = parser.add_argument_group(f"of a {type(model).__name__}")
+    for name, (read, default) in sample_options(model).items():
+        option = "--" + name.replace("_", "-")
+        group.add_argument(option, type=read, default=argparse.SUPPRESS, help=f"(default: {default})", metavar="X")
     arguments = parser.parse_args(argv)
     with _words("sample"):
-        if arguments.n < 1:
-            raise ValueError(f"--n must be at least 1, got {arguments.n}")
+        n = (8 if arguments.strip else 64) if arguments.n is None else arguments.n
+        if n < 1:
+            raise ValueError(f"--n must be at least 1, got {n}")
+        if arguments.strip and not hasattr(model, "denoising"):
+            raise ValueError(f"a {type(model).__name__} has no way from noise to image to show: leave --strip out")
         out = Path(arguments.out)
-        model, _ = load_run(arguments.folder, arguments.device)
+        options = {name: value for name, value in vars(arguments).items() if name in sample_options(model)}
+        values = _draw(model, n, arguments.seed, arguments.label, strip=arguments.strip, **options)
         if out.suffix == ".npy":
             import numpy as np
 
-            values = _draw(model, arguments.n, arguments.seed, arguments.label).cpu().numpy()
-            _picture(out, lambda file, **_: np.save(file, values))
+            _picture(out, lambda file, **_: np.save(file, values.cpu().numpy()))
         elif out.suffix == ".txt":
-            lines = _draw(model, arguments.n, arguments.seed, arguments.label).cpu()
-            if lines.dim() != 2 or lines.is_floating_point():
+            if values.dim() != 2 or values.is_floating_point():
                 raise ValueError(f"the samples of a {type(model).__name__} are no text")
-            text = b"\n\n".join(bytes(line) for line in lines.tolist())
+            text = b"\n\n".join(bytes(line) for line in values.tolist())
             _picture(out, lambda file, **_: file.write(text + b"\n"))
         elif hasattr(model.config, "rate"):
-            _sound(out, _draw(model, arguments.n, arguments.seed, arguments.label), model.config.rate)
+            _sound(out, values, model.config.rate)
         else:
-            _picture(out, _samples(model, arguments.n, arguments.seed, arguments.label).save)
+            _picture(out, _grid(model, values).save)
         print(f"wrote {out}")
 
 
@@ -299,7 +318,7 @@ def load_run(folder, device=None):
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch")
+        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(folder).to(device)
     run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
@@ -314,27 +333,57 @@ def _run_parser(name, function):
     return parser
 
 
-def _draw(model, n, seed, label):
-    """n samples; those of a model of classes with the given label, or with all in turn."""
-    import torch
+def sample_options(model):
+    """{name: (reader of its text, default)} of what model.sample takes by keyword, beside what every command gives.
 
+    Its annotation says of what type an option is, or else its default; what neither tells is not offered.
+    """
+    method = type(model).sample
+    given, hints, options = {"n", "key", "generator", "batch_size", *model.conditions}, typing.get_type_hints(method), {}
+    for name, parameter in inspect.signature(method).parameters.items():
+        hint = hints.get(name, type(parameter.default))
+        kinds = typing.get_args(hint) or (hint,)
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in given and {int, float, str, bool} & set(kinds):
+            options[name] = _reader(hint), parameter.default
+    return options
+
+
+def _draw(model, n, seed, label=None, strip=False, **options):
+    """n samples; those of a model of classes with the given label (text), or with all in turn. strip: rows from noise to image."""
     from genkern import random
 
-    key, classes = random.key(seed), getattr(model.config, "classes", None)
+    draw, key = model.denoising if strip else model.sample, random.key(seed)
     if "labels" not in model.conditions:
         if label is not None:
             raise ValueError(f"{type(model).__name__} knows no labels: leave --label out")
-        return model.sample(n, key=key)
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--label must be in 0..{classes - 1}, got {label}")
-    labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
-    return model.sample(n, key=key, labels=labels.to(next(model.parameters()).device))
+        return draw(n, key=key, **options)
+    return draw(n, key=key, labels=labels(model, n, label), **options)
 
 
-def _samples(model, n, seed, label):
+def labels(model, n, label=None):
+    """Labels of n samples, (n,) or (n, L) for a model of token sequences: all that of a text such as "3" or "3,1,4", or all in turn."""
+    import torch
+
+    classes, device = model.config.classes, next(model.parameters()).device
+    if label is None:
+        return model.labels_in_turn(n) if hasattr(model, "labels_in_turn") else torch.arange(n, device=device) % classes
+    try:
+        values = [int(part) for part in label.split(",")]
+    except ValueError:
+        raise ValueError(f"--label must be a number, or several as in 3,1,4, got {label!r}") from None
+    sequence = getattr(model.config, "tokens", 0)
+    if len(values) > max(sequence, 1):
+        raise ValueError(f"--label: this model takes at most {max(sequence, 1)}, got {len(values)}")
+    for value in values:
+        if not 0 <= value < classes:
+            raise ValueError(f"--label must be in 0..{classes - 1}, got {value}")
+    return torch.tensor([values] * n, device=device) if sequence else torch.full((n,), values[0], device=device)
+
+
+def _grid(model, values):
     from genkern import plots
 
-    return plots.grid(_draw(model, n, seed, label), levels=getattr(model.config, "levels", None))
+    return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 
 def _sound(path, sounds, rate):

@@ -5,6 +5,12 @@ from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
 from genkern.models.autoregressive.wavenet import WaveNet, WaveNetConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
+from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig
+from genkern.models.gan.conditional import ConditionalGAN, ConditionalGANConfig
+from genkern.models.gan.dcgan import DCGAN, DCGANConfig
+from genkern.models.gan.gan import GAN, GANConfig
+from genkern.models.gan.wgan import WGAN, WGANConfig
+from genkern.models.gan.wgan_gp import WGANGP, WGANGPConfig
 from genkern.models.vae.beta import BetaVAE, BetaVAEConfig
 from genkern.models.vae.conditional import ConditionalVAE, ConditionalVAEConfig
 from genkern.models.vae.iwae import IWAE, IWAEConfig
@@ -15,14 +21,22 @@ __all__ = [
     "BetaVAEConfig",
     "CharLSTM",
     "CharLSTMConfig",
+    "ConditionalGAN",
+    "ConditionalGANConfig",
     "ConditionalVAE",
     "ConditionalVAEConfig",
+    "DCGAN",
+    "DCGANConfig",
     "DDPM",
     "DDPMConfig",
+    "GAN",
+    "GANConfig",
     "GPT",
     "GPTConfig",
     "IWAE",
     "IWAEConfig",
+    "LatentDiffusion",
+    "LatentDiffusionConfig",
     "load",
     "Model",
     "Output",
@@ -31,4 +45,8 @@ __all__ = [
     "VAEConfig",
     "WaveNet",
     "WaveNetConfig",
+    "WGAN",
+    "WGANConfig",
+    "WGANGP",
+    "WGANGPConfig",
 ]
