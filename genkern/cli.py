@@ -1,4 +1,4 @@
-"""The command `genkern`: info, build, verify, bench, and for models train, sample, eval, traverse."""
+"""The command `genkern`: info, build, verify, bench, and for models train, sample, eval, score, traverse."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -167,7 +168,7 @@ def train(argv):
     with _words("train"), _processes() as (rank, world):
         import torch
 
-        from genkern import data, plots
+        from genkern import data, plots, random
         from genkern.train import fit
 
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
@@ -195,8 +196,15 @@ def train(argv):
                     _picture(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
                     if hasattr(best, "denoising"):
                         _picture(out / "strip.png", _grid(best, _draw(best, 8, arguments["seed"], strip=True)).save)
+                elif source.shape == (2,) and hasattr(model, "log_prob"):
+                    best = load_run(out, device)[0]
+                    _picture(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
             except ImportError as error:  # the training is done all the same
                 print(f"no pictures: {error}", file=sys.stderr)
+            if hasattr(model, "bits_per_dim"):
+                best = load_run(out, device)[0]
+                values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
+                print("\n".join(_against_baselines(values, source, "test", best)))
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
@@ -255,19 +263,74 @@ def eval_(argv):
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with _words("eval"):
-        from genkern import data, metrics, plots, random
+        from genkern import data, plots, random
 
         model, run = load_run(arguments.folder, arguments.device)
         if not (name := arguments.data or run.get("data")):
             raise ValueError(f"{arguments.folder} does not name its data: give --data")
         source = data.load(name, window=run.get("window"))
         values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
-        values |= metrics.baselines(source, arguments.split, model)
         if arguments.json:
             print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
         else:
             columns = shutil.get_terminal_size().columns
             print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
+            if hasattr(model, "bits_per_dim"):
+                print("\n".join(_against_baselines(values, source, arguments.split, model)))
+
+
+@command
+def score(argv):
+    """The log-likelihood of each input under a trained model: genkern score run --data new.npy --out scores.npy
+
+    In nats per input; of uint8 inputs the model's bound, with one key per input. Prints the spread and the inputs that surprise most.
+    """
+    parser = _run_parser("score", score)
+    parser.add_argument("--data", help="by default that of the training")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test", "all"))
+    parser.add_argument("--out", help="a .npy for the numbers, in the order of the inputs")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lowest", type=int, default=5, help="how many of the most surprising inputs are listed")
+    arguments = parser.parse_args(argv)
+    with _words("score"):
+        import torch
+
+        from genkern import data, plots, random
+
+        model, run = load_run(arguments.folder, arguments.device)
+        if not hasattr(model, "log_prob"):
+            raise ValueError(f"a {type(model).__name__} has no log_prob")
+        if not (name := arguments.data or run.get("data")):
+            raise ValueError(f"{arguments.folder} does not name its data: give --data")
+        source = data.load(name, window=run.get("window"))
+        parts = ("train", "validation", "test") if arguments.split == "all" else (arguments.split,)
+        inputs = torch.cat([source.split(part)[0] for part in parts])
+        labels = None if source.train[1] is None else torch.cat([source.split(part)[1] for part in parts])
+        if "labels" in model.conditions and labels is None:
+            raise ValueError(f"this {type(model).__name__} needs labels, and {source.name} has none")
+        device = next(model.parameters()).device
+        keys, scores = random.split(random.key(arguments.seed), len(inputs)), []
+        for i in range(0, len(inputs), arguments.batch_size):
+            rows = slice(i, i + arguments.batch_size)
+            conditions = {"labels": labels[rows].to(device)} if "labels" in model.conditions else {}
+            with torch.no_grad():
+                scores.append(model.log_prob(inputs[rows].to(device), key=keys[rows].to(device), **conditions).double().cpu())
+        scores = torch.cat(scores)
+        order = scores.argsort()
+        quantile = lambda q: float(scores[order[min(len(order) - 1, int(q * len(order)))]])
+        row = {"inputs": len(scores), "mean": float(scores.mean()), "std": float(scores.std(correction=0))}
+        print(plots.table([row | {"least": quantile(0), "5 %": quantile(0.05), "median": quantile(0.5), "most": float(scores.max())}]))
+        listed = order[: arguments.lowest].tolist()
+        if listed:
+            of = lambda i: {} if labels is None else {"class": source.class_names[int(labels[i])]}
+            print(plots.table([{"input": i, **of(i), "log_prob": float(scores[i])} for i in listed]))
+        if arguments.out:
+            import numpy as np
+
+            if Path(arguments.out).suffix != ".npy":
+                raise ValueError(f"--out must end in .npy, got {arguments.out}")
+            _picture(Path(arguments.out), lambda file, **_: np.save(file, scores.numpy()))
+            print(f"wrote {arguments.out}")
 
 
 @command
@@ -331,6 +394,22 @@ def _run_parser(name, function):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     return parser
+
+
+def _against_baselines(values, source, split, model):
+    """Lines that set a model's figures on a split beside those of models that need no training loop."""
+    from genkern.metrics import baselines
+
+    if "bits_per_dim" in values:
+        name, unit, own = "bits_per_dim", "bits per dimension", values["bits_per_dim"]
+        scale = 1.0
+    elif source.levels is None and "log_prob" in values:  # densities: nats per input
+        name, unit, own = "log_prob", "nats per input, -log density", -values["log_prob"]
+        scale = math.prod(source.shape) * math.log(2)
+    else:
+        return []
+    found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
+    return [f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items())]
 
 
 def sample_options(model):

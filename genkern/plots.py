@@ -84,6 +84,36 @@ def curves(history):
     return figure
 
 
+def density(model, points=None, *, bounds=None, steps=200):
+    """A matplotlib figure of the density of a model of points in the plane, exp(log_prob), with some points on top.
+
+    bounds: (left, right, bottom, top), by default those of the points and a fifth more.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('density: needs matplotlib, of the extra "models": pip install "genkern[models]"') from error
+    if points is not None and (points.dim() != 2 or points.shape[1] != 2 or len(points) == 0):
+        raise ValueError(f"density: points must be (N, 2), got {tuple(points.shape)}")
+    if bounds is None:
+        if points is None:
+            raise ValueError("density: give points or bounds")
+        low, high = points.amin(0), points.amax(0)
+        low, high = low - 0.2 * (high - low), high + 0.2 * (high - low)
+        bounds = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
+    x, y = torch.linspace(*bounds[:2], steps), torch.linspace(*bounds[2:], steps)
+    plane = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2)  # rows of the picture go up
+    with torch.no_grad():
+        values = model.log_prob(plane.to(next(model.parameters()).device)).exp().view(steps, steps).cpu()
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(values.numpy(), origin="lower", extent=bounds, aspect="auto"), label="density")
+    if points is not None:
+        some = points[:500].cpu()
+        axes.plot(some[:, 0].numpy(), some[:, 1].numpy(), ".", color="white", markersize=1.5, alpha=0.6)
+    return figure
+
+
 def table(rows, width=80):
     """Text of dicts with one row each, no wider than `width`: the columns that do not fit are left out, as the last line says."""
     cell = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)

@@ -10,7 +10,16 @@
 Order and noise come from (seed, epoch, step) by genkern.random, one stream per sample. So a run that was killed and resumed ends with
 the weights of an unbroken one, bit for bit on the same machine (on a GPU as far as its kernels are deterministic). And the processes
 that torchrun starts train together as one does, up to the rounding of sums: each takes its slice of every batch, and the gradients
-are averaged. Each holds the whole model; buffers such as running means stay those of the first process.
+are averaged. Each holds the whole model; buffers such as running means stay those of the first process. A model is a plain torch
+module, so accelerate (the extra `distributed`) and FSDP, for models that one device cannot hold, go around it in a loop of one's own,
+with the keys of this process's samples:
+
+    model, optimizer = accelerator.prepare(model, optimizer)                                    # accelerate
+    for part in (model.encoder, model.decoder, model): torch.distributed.fsdp.fully_shard(part)  # or FSDP; fit() refuses the result
+    torch.distributed.fsdp.register_fsdp_forward_method(model, "sample")                        # gathers the weights as forward does
+
+    keys = random.split(random.fold_in(key, step), batch_size)[rank * n : (rank + 1) * n]       # n = batch_size / world
+    model(batch[rank * n : (rank + 1) * n], key=keys).loss.backward()                           # gradients of the whole batch
 
 The folder `out` holds config.json and model.safetensors (the best weights by validation loss, for load()), last.safetensors (all that
 resuming needs), run.json (the settings) and history.json.
@@ -45,6 +54,8 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     core = getattr(model, "_orig_mod", model)
     core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
     settings = _settings(core, training)
+    if any(hasattr(p, "full_tensor") for p in core.parameters()):
+        raise ValueError("fit: the parameters are sharded (FSDP): train them in a loop of your own, as genkern.train shows")
     if save_every is not None and save_every < 1:
         raise ValueError(f"fit: save_every must be positive, got {save_every}")
     if resume and out is None:

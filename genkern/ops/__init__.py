@@ -9,7 +9,7 @@ from genkern.ops.autoregressive._sample_tokens import sample_tokens
 from genkern.ops.diffusion._denoising_loss import denoising_loss
 from genkern.ops.diffusion._group_norm_act import group_norm_act
 from genkern.ops.diffusion._q_sample import q_sample
-from genkern.ops.diffusion._sampler_step import sampler_step
+from genkern.ops.diffusion._sampler_step import dynamic_threshold, sampler_step
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments
 from genkern.ops.diffusion._timestep_embedding import timestep_embedding
 from genkern.ops.flow._actnorm import actnorm
@@ -22,7 +22,9 @@ from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_splin
 from genkern.ops.flow._squeeze import squeeze, unsqueeze
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
+from genkern.ops.vae._log_importance_weight import log_importance_weight
 from genkern.ops.vae._reparameterize import reparameterize, reparameterize_kl
+from genkern.ops.vae._total_correlation import total_correlation
 
 __all__ = [
     "actnorm",
@@ -36,6 +38,7 @@ __all__ = [
     "discretized_logistic_nll",
     "discretized_mix_logistic_nll",
     "discretized_mix_logistic_sample",
+    "dynamic_threshold",
     "gated_activation",
     "gaussian_kl",
     "gaussian_log_prob",
@@ -45,6 +48,7 @@ __all__ = [
     "invertible_conv1x1",
     "made_inverse",
     "made_masks",
+    "log_importance_weight",
     "masked_conv2d",
     "masked_linear",
     "mu_law_decode",
@@ -60,4 +64,5 @@ __all__ = [
     "squeeze",
     "timestep_embedding",
     "unsqueeze",
+    "total_correlation",
 ]

@@ -91,7 +91,7 @@ class GAN(Model):
         return torch.optim.Adam(parameters, training.learning_rate, self.betas, weight_decay=training.weight_decay)
 
     def forward(self, batch, *, objective, key=None, generator=None, **conditions):
-        """.loss of the objective "discriminator" or "generator", the mean over the batch; .parts: mean scores, penalties. key as usual."""
+        """.loss of the objective "discriminator" or "generator", the mean over the batch; .parts: mean scores, penalties."""
         if objective not in OBJECTIVES:
             raise ValueError(f"{type(self).__name__}: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         c, real = self.config, self._images(batch)

@@ -45,7 +45,7 @@ def test_what_a_run_is_compared_with():
 
     sound = data.load("plucks")
     short = data.Data(
-        "s", *[(x[:2, :, :300], None) for x, _ in (sound.train, sound.validation, sound.test)], shape=(1, 300), levels=None
+        "s", *[(x[:2, :, :300], None) for x, _ in (sound.train, sound.validation, sound.test)], shape=(1, 300), levels=None, window=300
     )
     found = [baselines(short, "test", WaveNet(WaveNetConfig(head=head, layers=2))) for head in ("softmax", "logistic", "gaussian")]
-    assert 2 < found[0]["lpc_bits"] < 8 and 2 < found[1]["lpc_bits"] < 8 and found[2] == {}
+    assert 2 < found[0]["linear prediction"] < 8 and 2 < found[1]["linear prediction"] < 8 and found[2] == {}
