@@ -4,10 +4,10 @@ from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gated_pixel_cnn import GatedPixelCNN, GatedPixelCNNConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
+from genkern.models.autoregressive.made import MADE, MADEConfig
 from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
 from genkern.models.autoregressive.pixel_cnn_pp import PixelCNNpp, PixelCNNppConfig
 from genkern.models.autoregressive.pixel_rnn import PixelRNN, PixelRNNConfig
-from genkern.models.autoregressive.made import MADE, MADEConfig
 from genkern.models.autoregressive.wavenet import WaveNet, WaveNetConfig
 from genkern.models.diffusion.ddpm import DDPM, DDPMConfig
 from genkern.models.diffusion.latent import LatentDiffusion, LatentDiffusionConfig

@@ -15,7 +15,7 @@ from genkern.ops import made_inverse, made_masks, masked_linear, sample_tokens
 @dataclass
 class MADEConfig:
     shape: tuple = (1, 8, 8)  # of one input: an image, or (features,)
-    levels: int | None = 16  # inputs are uint8 0 .. levels, 1 for binary ones; None: float inputs, each conditional a normal one
+    levels: int | None = None  # inputs are uint8 0 .. levels, 1 for binary ones; None: float inputs, each conditional a normal one
     hidden: tuple = (512, 512)
     orderings: int = 4
     dropout: float = 0.0
