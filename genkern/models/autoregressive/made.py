@@ -59,7 +59,10 @@ class MADE(Model):
                 self.register_buffer(f"mask_{k}_{i}", mask, persistent=False)
 
     def forward(self, batch, *, key):
-        """.loss: -log p per input dimension, the mean over the batch, nats; .parts: nll, the same. key: chooses the ordering in training."""
+        """.loss: -log p per input dimension, the mean over the batch, nats; .parts: nll, the same.
+
+        key: in training it chooses the ordering of the batch.
+        """
         if self.training:
             ordering = int(key.flatten()[0].remainder(self.config.orderings))
             log_prob = self._log_prob_in(self._checked(batch), ordering)
