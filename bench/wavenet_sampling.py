@@ -2,8 +2,8 @@
 
     python bench/wavenet_sampling.py [--samples 200] [--rounds 5]
 
-The loop keeps a buffer of inputs per layer that is shifted with every sample, and multiplies matrices with torch.nn.functional.linear, as
-the incremental forward pass of wavenet_vocoder does; same weights, same uniforms, interleaved, one thread.
+The loop keeps a buffer of inputs per layer that is shifted with every sample, and multiplies matrices by torch.nn.functional.linear,
+as the incremental forward pass of wavenet_vocoder does; same weights, same uniforms, interleaved, one thread.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def main():
         same = float((sound == expected).float().mean())
         rates = {kind: arguments.samples / seconds for kind, seconds in best.items()}
         print(
-            f"{name}: today {rates['today']:.0f}/s, step {rates['step']:.0f}/s, {rates['step'] / rates['today']:.1f}x; {same:.0%} of samples equal"
+            f"{name}: today {rates['today']:.0f}/s, step {rates['step']:.0f}/s, "
+            f"{rates['step'] / rates['today']:.1f}x; {same:.0%} of samples equal"
         )
 
 
