@@ -8,7 +8,7 @@ device (the GPU kernels were so far compared in emulation and in Triton's interp
 
 A key is an int64 tensor (2,) = (seed, offset), or (N, 2) for one stream per row. Calling twice with one key gives the same numbers
 twice: split() or fold_in() make new ones. Bits, uniforms and Bernoulli draws are equal bit for bit everywhere, and so are float32,
-bfloat16 and half normals, exponentials, Gumbel and logistic draws; float64 ones are equal in C++, CUDA and NumPy and within a few
+bfloat16 and half normals, exponentials, Gumbel, logistic and truncated normal draws; float64 ones are equal in C++, CUDA and NumPy and within a few
 units in the last place in the torch reference. Formulas: genkern/ops/random/_random.py.
 """
 
@@ -153,16 +153,17 @@ def logistic(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None
 def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, device=None, out=None):
     """A standard normal conditioned on [low, high], by the inverse distribution function of a keyed uniform (no rejection).
 
-    sqrt(2) erfinv(y), y uniform between erf(low / sqrt 2) and erf(high / sqrt 2). Uses torch.erfinv: the same on all devices to a
-    few units in the last place, not bit for bit. Bounds beyond 5 (float32) or 8 (float64) act as those.
+    The quantile of a standard normal at a probability uniform between those of low and high, which has 24 bits (float64: 53).
+    Bounds beyond 5 (float32) or 8 (float64) act as those.
     """
     if not low < high:
         raise ValueError(f"truncated_normal: low must be below high, got {low} and {high}")
     work = torch.float64 if dtype == torch.float64 else torch.float32
     limit = 8.0 if work == torch.float64 else 5.0
     a, b = (math.erf(max(-limit, min(limit, x)) / math.sqrt(2)) for x in (low, high))
-    y = uniform(key, shape, a, b, dtype=work, device=device)
-    x = (torch.erfinv(y) * math.sqrt(2)).clamp(low, high).to(dtype)
+    device = (key if out is None else out).device if device is None else torch.device(device)
+    y = uniform(key, shape, a, b, dtype=work, device=device if device.type in ("cpu", "cuda") else "cpu")
+    x = _random.normal_quantile(y).clamp(low, high).to(device, dtype)
     return x if out is None else out.copy_(x)
 
 
@@ -190,6 +191,18 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     _random.FILL[name](beside(key, out), out, a, b)
     torch.autograd.graph.increment_version(out)
     return out
+
+
+def key_for(op, key, generator, x):
+    """The key of an op on x (N, ...): as given, (2,) or one per sample (N, 2), where x's kernel can read it; None: drawn anew."""
+    if key is None:
+        return draw_key(generator, x.device)
+    if generator is not None:
+        raise ValueError(f"{op}: give key or generator, not both")
+    check_key(op, key)
+    if key.dim() == 2 and key.shape[0] != x.shape[0]:
+        raise ValueError(f"{op}: one key per sample needs key ({x.shape[0]}, 2), got {tuple(key.shape)}")
+    return beside(key, x)
 
 
 def beside(key, out):

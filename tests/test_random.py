@@ -85,6 +85,24 @@ def test_values_equal_the_oracle(backend, name):
             assert np.array_equal(got, expected)
 
 
+@each_backend
+def test_truncated_normals_equal_the_oracle(backend):
+    for low, high in ((-2.0, 2.0), (0.5, 3.0), (-5.0, 5.0)):
+        with genkern.backend(backend):
+            got = gr.truncated_normal(KEY, (4001,), low, high)
+        assert np.array_equal(got.numpy(), oracle.truncated_normal((SEED, OFFSET), 4001, low, high))
+
+
+def test_normal_quantile_is_as_exact_as_it_says():
+    special = pytest.importorskip("scipy.special")
+    for dtype, allowed, finest in ((torch.float32, 4e-7, -6.5), (torch.float64, 1e-15, -15)):
+        fine = torch.logspace(finest, -1, 5000, dtype=torch.float64)
+        y = torch.cat([torch.linspace(-1, 1, 20001, dtype=torch.float64)[1:-1], 1 - fine, fine - 1]).to(dtype)
+        truth = np.sqrt(2) * special.erfinv(y.double().numpy())
+        got = gr._random.normal_quantile(y).double().numpy()
+        assert np.all(np.abs(got - truth) <= allowed * np.maximum(1, np.abs(truth)))
+
+
 def test_draws_are_what_their_names_say():
     """Against NumPy's own functions in float64: the polynomials are as exact as float32 allows."""
     u = oracle.words((SEED, OFFSET), 4000) * 2.0**-32 + 2.0**-33
@@ -138,6 +156,7 @@ GOLDEN = {
     "exponential": "e475d90426233786",
     "gumbel": "6688bea58b37b3f9",
     "logistic": "b571acc94aed220f",
+    "truncated_normal": "58bb79683ebe04f3",
 }
 
 

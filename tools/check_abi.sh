@@ -1,9 +1,11 @@
 #!/bin/sh
-# Loads the one binary of dist/ on several torch versions and runs the op tests there:  tools/check_abi.sh python 2.11.0 2.15.0
+# Loads the one binary of dist/ on several torch versions, runs the op tests there, and loads on each what those before it saved:
+#   tools/check_abi.sh python 2.11.0 2.15.0
 # Environments are kept in build/abi. ABI_INDEX_OPTIONS is handed to pip, where torch comes from elsewhere than the default index.
 set -eu
 python=$1
 shift
+rm -rf build/abi/saved && mkdir -p build/abi/saved
 for version in "$@"; do
   venv=build/abi/$version
   test -x "$venv/bin/python" || "$python" -m venv "$venv"
@@ -17,5 +19,6 @@ for version in "$@"; do
 import torch, genkern
 from genkern.core import libraries
 print('torch', torch.__version__, 'genkern', genkern.__file__, libraries())
-assert libraries()['cpu'][1] is None" && "$version/bin/python" -m pytest -q -c ../../pyproject.toml --rootdir . tests/test_every_op.py)
+assert libraries()['cpu'][1] is None" && "$version/bin/python" -m pytest -q -c ../../pyproject.toml --rootdir . tests/test_every_op.py &&
+    "$version/bin/python" tests/tools/versions.py saved "$version")
 done

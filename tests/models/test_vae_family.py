@@ -7,9 +7,19 @@ import torch
 
 import genkern
 from genkern import core, data, models, random, train
-from genkern.models import IWAE, VAE, BetaVAE, BetaVAEConfig, ConditionalVAE, ConditionalVAEConfig, IWAEConfig, VAEConfig
+from genkern.models import (
+    IWAE,
+    TCVAE,
+    VAE,
+    BetaVAE,
+    BetaVAEConfig,
+    ConditionalVAE,
+    ConditionalVAEConfig,
+    IWAEConfig,
+    VAEConfig,
+)
 
-KINDS = (VAE, ConditionalVAE, BetaVAE, IWAE)
+KINDS = (VAE, ConditionalVAE, BetaVAE, IWAE, TCVAE)
 SMALL = {"levels": 16, "width": 4, "hidden": 32, "latent": 5}
 KEY = random.key(3)
 
@@ -37,7 +47,8 @@ def test_every_kind_trains_samples_and_comes_back(kind, settings, tmp_path):
     assert math.isfinite(loss.item()) and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     backend = core.OPS["reparameterize_kl"].default("cpu")[0]
     nll = f"{model.config.likelihood}_nll"
-    assert genkern.stats()["reparameterize_kl", backend] and any(name == nll for name, _ in genkern.stats())
+    noise = "reparameterize" if kind is IWAE else "reparameterize_kl"
+    assert genkern.stats()[noise, backend] and any(name == nll for name, _ in genkern.stats())
     model.eval()
     samples = model.sample(12, key=KEY, **conditions(model))
     assert samples.dtype == torch.uint8 and samples.shape == (12, 1, 8, 8) and samples.max() <= 16
@@ -80,6 +91,55 @@ def test_importance_weights_are_the_densities_in_float64():
     torch.testing.assert_close(model.log_prob(x, samples=4, key=KEY), expected)
 
 
+def kept(model, x):
+    """(loss, gradients, bytes that autograd keeps for the backward pass)."""
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x, key=KEY).loss
+    return loss.detach(), torch.autograd.grad(loss, list(model.parameters())), total
+
+
+def test_recomputed_samples_change_no_gradient_and_keep_the_activations_of_none():
+    x = images(64)
+    model, thrifty = small(IWAE, samples=16), small(IWAE, samples=16, recompute=True)
+    (loss, gradients, full), (again, regradients, thrift) = kept(model, x), kept(thrifty, x)
+    assert torch.equal(loss, again) and all(torch.equal(a, b) for a, b in zip(gradients, regradients, strict=True))
+    assert thrift < full / 5
+
+
+def test_the_bound_runs_on_the_streaming_kernel():
+    model, x = small(IWAE), images()
+    genkern.reset_stats()
+    model(x, key=KEY).loss.backward()
+    model.log_prob(x, samples=3, key=KEY)
+    backend = core.OPS["log_importance_weight"].default("cpu")[0]
+    assert genkern.stats()["log_importance_weight", backend] == 5 + 3
+    assert genkern.stats()["log_importance_weight_backward", backend] == 5
+
+
+def test_the_parts_of_the_divergence_telescope():
+    """They add up to log q(z|x) - log p(z), whose mean over many samples is the analytic divergence."""
+    model = small(TCVAE, dataset_size=1000, index_code=2.0, beta=5.0, dimensions=3.0)
+    out = model(images(), key=KEY)
+    parts = out.parts
+    torch.testing.assert_close(out.loss, parts["nll"] + 2 * parts["index_code"] + 5 * parts["correlation"] + 3 * parts["dimensions"])
+    mu, log_var = model.encode(images())
+    z = genkern.ops.reparameterize(mu, log_var, key=KEY)
+    posterior, prior = torch.distributions.Normal(mu, (log_var / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    expected = (posterior.log_prob(z) - prior.log_prob(z)).sum(1).mean()
+    torch.testing.assert_close(parts["index_code"] + parts["correlation"] + parts["dimensions"], expected, rtol=1e-5, atol=1e-5)
+    many = [model(images(), key=key).parts for key in random.split(KEY, 400)]
+    total = sum(p["index_code"] + p["correlation"] + p["dimensions"] for p in many) / 400
+    assert total.item() == pytest.approx(parts["kl"].item(), abs=0.15)
+    assert model(images()[:1], key=KEY).loss.isfinite()
+
+
 def test_capacity_grows_with_the_training_steps():
     model = small(BetaVAE, beta=3.0, capacity=8.0, capacity_steps=4)
     for step in range(6):
@@ -120,7 +180,7 @@ def test_bits_per_dim_counts_probabilities_of_levels():
     assert small().bits_per_dim(x).isnan().all()
 
 
-@pytest.mark.parametrize("kind", (VAE, ConditionalVAE))
+@pytest.mark.parametrize("kind", (VAE, ConditionalVAE, TCVAE))
 def test_configs_fit_the_digits_and_a_short_run_learns(kind, tmp_path):
     digits = data.load("digits")
     torch.manual_seed(0)

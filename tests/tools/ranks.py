@@ -1,5 +1,6 @@
 """Train and sample in however many processes the launcher started; each writes what it has: python ranks.py FOLDER."""
 
+import contextlib
 import gc
 import importlib.util
 import os
@@ -9,8 +10,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import toys
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 import genkern
+from genkern.models import VAE, VAEConfig
 from genkern.train import fit, sample
 
 
@@ -25,6 +30,7 @@ def main(folder):
         found.update({f"{kind}/{name}": x for name, x in results.items()})
     if importlib.util.find_spec("accelerate"):
         found.update({f"accelerate/{name}": x.clone() for name, x in accelerated(rank, world).items()})
+    found.update({f"sharded/{name}": x for name, x in sharded(rank, world).items()})
     safetensors.torch.save_file(found, folder / f"{world}-{rank}.safetensors")
     if world > 1:
         gc.collect()  # wrappers of DistributedDataParallel hold on to the group
@@ -70,6 +76,33 @@ def accelerated(rank, world):
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()
+
+
+def sharded(rank, world):
+    """By somebody's own loop with FSDP: each process keeps a part of every weight, of its gradient and of Adam's moments."""
+    torch.manual_seed(0)
+    model = VAE(VAEConfig(levels=16, width=4, hidden=32, latent=5))
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for part in (model.encoder, model.decoder, model):
+            fully_shard(part, mesh=mesh)
+        register_fsdp_forward_method(model, "sample")  # it gathers the weights as forward does
+        with contextlib.suppress(ValueError):
+            fit(model, toys.points(), progress=False)
+            raise AssertionError("fit() took sharded parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    x = torch.randint(0, 17, (8, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    for key in genkern.random.split(genkern.random.key(0), 3):
+        keys = genkern.random.split(key, len(x)).chunk(world)[rank]
+        optimizer.zero_grad()
+        model(x.chunk(world)[rank], key=keys).loss.backward()
+        optimizer.step()
+    whole = lambda x: (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+    if world > 1:
+        assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
+    found = {f"gradient/{name}": whole(p.grad) for name, p in model.named_parameters()}
+    weights = {name: whole(x) for name, x in model.state_dict().items()}
+    return {**found, **weights, "sample": model.sample(6, key=genkern.random.key(3))}
 
 
 if __name__ == "__main__":

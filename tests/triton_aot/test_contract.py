@@ -15,10 +15,11 @@ import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 
 from genkern.ops.random._random_triton import fill_kernel  # noqa: E402
+from genkern.ops.vae import _likelihood_triton, _log_importance_weight_triton  # noqa: E402
 from genkern.ops.vae._latent_triton import backward_kernel, forward_kernel  # noqa: E402
 
 each_arch = pytest.mark.parametrize("arch", [80, 90, 120])
-SCALARS = ("a", "b", "low", "high", "free_bits", "rows")  # not declared divisible by 16
+SCALARS = ("a", "b", "low", "high", "free_bits", "half", "rows")  # not declared divisible by 16
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -89,3 +90,32 @@ def test_latent(kernel, kl, prior, soft, tile, aligned, dtype, arch):
     for access in ("LDG.E.128", "STG.E.128"):
         assert any(o.startswith(access) for o in code.opcodes)
     assert ".approx.f32" not in code.ptx  # tl.exp would be
+
+
+def _strided(tensors, floating):
+    types = {name: floating for name in tensors}
+    return types | {name + "_stride": "i32" for name in types} | dict(rows="i32", width="i32")
+
+
+@pytest.mark.parametrize("dtype, arch", [("*fp32", 80), ("*fp32", 90), ("*fp32", 120), ("*bf16", 90)])
+@pytest.mark.parametrize("density", ["bernoulli", "gaussian", "discretized_logistic"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_likelihood(density, backward, dtype, arch):
+    second = ["v"] if density != "bernoulli" else []
+    tensors = ["a", "x", *second] + ([f"d_{n}" for n in ("a", *second)] if backward else [])
+    types = _strided([*tensors, "grad" if backward else "nll"], dtype) | {"half": "i64", "grad" if backward else "nll": "*fp32"}
+    constants = dict(DENSITY=density, SECOND=bool(second), DTYPE=tl.float32, ROWS=1, COLUMNS=1024)
+    kernel = _likelihood_triton.backward_kernel if backward else _likelihood_triton.forward_kernel
+    code = _hold(kernel, types, constants, arch, 128)
+    assert any(o.startswith("LDG.E.128" if dtype == "*fp32" else "LDG.E") for o in code.opcodes)
+
+
+@each_arch
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_log_importance_weight(backward, arch):
+    moments = ["z", "mu", "log_var"]
+    tensors = ["grad", *moments, *(f"d_{n}" for n in moments)] if backward else [*moments, "ratio"]
+    module = _log_importance_weight_triton
+    kernel = module.backward_kernel if backward else module.forward_kernel
+    code = _hold(kernel, _strided(tensors, "*fp32"), dict(DTYPE=tl.float32, ROWS=1, COLUMNS=1024), arch, 64)
+    assert any(o.startswith("LDG.E.128") for o in code.opcodes)

@@ -10,6 +10,7 @@ from genkern.models.vae.vae import VAE, VAEConfig
 @dataclass
 class IWAEConfig(VAEConfig):
     samples: int = 5  # per image; with 1 the bound is the ELBO
+    recompute: bool = False  # keep the decoder's activations of one sample, not of all, and decode twice
 
 
 class IWAE(VAE):
@@ -25,4 +26,5 @@ class IWAE(VAE):
     def forward(self, batch, *, key=None, generator=None, **conditions):
         """.loss: minus the bound, the mean over the batch, nats per image; no parts. key (2,) or (N, 2)."""
         key = random.draw_key(generator, batch.device) if key is None else key
-        return Output(-self._importance_bound(self._images(batch), self.config.samples, key, **conditions).mean(), {})
+        c, x = self.config, self._images(batch)
+        return Output(-self._importance_bound(x, c.samples, key, recompute=c.recompute, **conditions).mean(), {})

@@ -15,13 +15,22 @@ The decoder's distribution is one of
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from genkern import random
 from genkern.models._base import Model, Output, Training, ink
-from genkern.ops import bernoulli_nll, discretized_logistic_nll, gaussian_nll, reparameterize_kl
+from genkern.ops import (
+    bernoulli_nll,
+    discretized_logistic_nll,
+    gaussian_nll,
+    log_importance_weight,
+    reparameterize,
+    reparameterize_kl,
+)
 
 LIKELIHOODS = ("bernoulli", "gaussian", "discretized_logistic")
 
@@ -169,27 +178,29 @@ class VAE(Model):
             return gaussian_nll(raw, self.log_scale.expand(raw.shape), x)
         return discretized_logistic_nll(raw, self.log_scale.expand(raw.shape), x, levels=self.config.levels + 1)
 
-    def _importance_bound(self, x, samples, key, **conditions):
-        """log 1/K sum of p(x, z_k) / q(z_k|x) with z_k ~ q(z|x): (N,) (Burda et al., 2016, equation 8)."""
+    def _importance_bound(self, x, samples, key, *, recompute=False, **conditions):
+        """log 1/K sum of p(x, z_k) / q(z_k|x) with z_k ~ q(z|x): (N,) (Burda et al., 2016, equation 8).
+
+        The sum runs along with the samples, so without gradients memory does not grow with K. With gradients the decoder's
+        activations of every sample are kept, unless recompute: then of one, and the backward pass decodes each sample again.
+        """
         moments = self._moments(x, **conditions)
-        log_weights = []
+        if samples == 1:
+            z, kl = reparameterize_kl(moments, key=random.split(key, 1).select(-2, 0))
+            return -self._nll(x, z, **conditions) - kl
+        recompute, log_sum = recompute and torch.is_grad_enabled(), None
         for k in random.split(key, samples).unbind(-2):
-            z, kl = reparameterize_kl(moments, key=k)
-            if samples == 1:
-                return -self._nll(x, z, **conditions) - kl
-            log_weights.append(_log_normal(z) - _log_normal(z, *moments.chunk(2, 1)) - self._nll(x, z, **conditions))
-        return torch.stack(log_weights).logsumexp(0) - math.log(samples)
+            z = reparameterize(moments, key=k)
+            nll = partial(self._nll, x, **conditions)
+            nll = checkpoint(nll, z, use_reentrant=False, preserve_rng_state=False) if recompute else nll(z)
+            log_sum = log_importance_weight(nll, z, moments, log_sum=log_sum)
+        return log_sum - math.log(samples)
 
     def _prior(self, keys):
         return random.normal(keys, (len(keys), self.config.latent), device=keys.device)
 
     def _levels(self, images):
         return ((images + 1) / 2 * self.config.levels).round().to(torch.uint8)
-
-
-def _log_normal(z, mu=0.0, log_var=None):
-    squares = (z - mu).square() if log_var is None else (z - mu).square() * torch.exp(-log_var) + log_var
-    return -0.5 * (squares + math.log(2 * math.pi)).sum(1)
 
 
 def _conv(c, code_size):

@@ -28,7 +28,7 @@ def reparameterize(mu, log_var=None, *, key=None, generator=None, clamp=None):
     """
     _latent.check_moments("reparameterize", mu, log_var)
     low, high, soft = _latent.check_clamp("reparameterize", clamp)
-    key = _key("reparameterize", key, generator, mu)
+    key = random.key_for("reparameterize", key, generator, mu)
     mu, log_var = same_precision((mu, log_var))
     return _reparameterize(mu, log_var, key, low, high, soft)
 
@@ -53,21 +53,10 @@ def reparameterize_kl(
     _latent.check_prior("reparameterize_kl", mu, log_var, prior_mu, prior_log_var)
     low, high, soft = _latent.check_clamp("reparameterize_kl", clamp)
     per_element = _latent.check_reduction("reparameterize_kl", reduction, free_bits)
-    key = _key("reparameterize_kl", key, generator, mu)
+    key = random.key_for("reparameterize_kl", key, generator, mu)
     tensors = same_precision((mu, log_var, prior_mu, prior_log_var))
     z, kl = _reparameterize_kl(*tensors, key, low, high, soft, float(free_bits), per_element)
     return z, kl.sum() if reduction == "total" else kl
-
-
-def _key(op, key, generator, mu):
-    if key is None:
-        return random.draw_key(generator, mu.device)
-    if generator is not None:
-        raise ValueError(f"{op}: give key or generator, not both")
-    random.check_key(op, key)
-    if key.dim() == 2 and key.shape[0] != mu.shape[0]:
-        raise ValueError(f"{op}: one key per sample needs key ({mu.shape[0]}, 2), got {tuple(key.shape)}")
-    return random.beside(key, mu)
 
 
 def _sample(mu, log_var, key):
