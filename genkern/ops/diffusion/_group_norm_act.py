@@ -27,7 +27,7 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     pre_bias, scale, shift
                     (N, C)
     activation      None or "silu"
-    out             where to write the result, (N, C, ...) of any of the types, its samples contiguous; may be x itself. Without gradient
+    out             where to write the result, (N, C, ...) of any of the types, its samples contiguous; may be x itself. No gradient
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if an input is), returned in the type of x.
     TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
@@ -171,7 +171,9 @@ CASES = (
         group_norm_act_out,
         _adaptive,
         shapes=((2, 6, 5, 7), (0, 4, 3), (1, 4, 521)),
+        large=(3, 8, 5003),
         variants=({"activation": "silu"},),
+        dtypes=(torch.float32, torch.bfloat16),
         constants=None,
         eager=lambda x, groups, weight, bias, **_: F.silu(F.group_norm(x, groups, weight, bias)),
         bytes=lambda shape, size: 3 * size * math.prod(shape),
