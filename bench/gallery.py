@@ -28,6 +28,7 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "conditional-vae": ("digits", {"epochs": 60}),
     "iwae": ("digits", {"epochs": 40}),
     "ddpm": ("digits", {}),
+    "latent-diffusion": ("digits32", {}),
     "char-lstm": ("topics", {"epochs": 3}),
     "gpt": ("topics", {"epochs": 3}),
 }
@@ -68,10 +69,9 @@ def run(name):
 def picture(name, model, source):
     """A PIL image of samples: a grid of images, lines of text, or waves."""
     key = genkern.random.key(2)
-    classes = getattr(model.config, "classes", 0) if "labels" in model.conditions else 0
     images = len(source.shape) == 3
     n = 64 if images and source.shape[-1] < 32 else 16 if images else 4
-    labels = {"labels": torch.arange(n) % classes} if classes else {}
+    labels = {"labels": cli.labels(model, n)} if "labels" in model.conditions else {}
     samples = model.sample(n, key=key, **labels)
     if images:
         return plots.grid(samples, levels=source.levels)

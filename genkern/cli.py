@@ -1,10 +1,12 @@
-"""The command `genkern`: info, build, verify, bench, and for models train, sample, eval, traverse."""
+"""The command `genkern`: info, build, verify, bench, and for models train, sample, eval, score, traverse."""
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -166,7 +168,7 @@ def train(argv):
     with _words("train"), _processes() as (rank, world):
         import torch
 
-        from genkern import data, plots
+        from genkern import data, plots, random
         from genkern.train import fit
 
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
@@ -188,40 +190,67 @@ def train(argv):
             print(plots.table(history[-1:], shutil.get_terminal_size().columns))
             try:
                 _picture(out / "curves.png", plots.curves(history).savefig, dpi=120)
-                if len(source.shape) == 3 and source.shape[0] in (1, 3):
+                kept = (out / "config.json").exists()  # a model of two stages keeps no weights in the first
+                if kept and len(source.shape) == 3 and source.shape[0] in (1, 3):
                     best = load_run(out, device)[0]
-                    _picture(out / "samples.png", _samples(best, 64, arguments["seed"], None).save)
+                    _picture(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
+                    if hasattr(best, "denoising"):
+                        _picture(out / "strip.png", _grid(best, _draw(best, 8, arguments["seed"], strip=True)).save)
+                elif source.shape == (2,) and hasattr(model, "log_prob"):
+                    best = load_run(out, device)[0]
+                    _picture(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
             except ImportError as error:  # the training is done all the same
                 print(f"no pictures: {error}", file=sys.stderr)
+            if hasattr(model, "bits_per_dim"):
+                best = load_run(out, device)[0]
+                values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
+                print("\n".join(_against_baselines(values, source, "test", best)))
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
 @command
 def sample(argv):
-    """Draw samples from a trained model into a PNG grid (or .npy, .txt): genkern sample run --n 64 [--label 3] --out grid.png"""
+    """Draw samples from a trained model into a PNG grid (or .npy, .txt, .wav): genkern sample run --n 64 [--label 3] --out grid.png"""
     parser = _run_parser("sample", sample)
-    parser.add_argument("--n", type=int, default=64)
-    parser.add_argument("--label", type=int, help="of the class, for a model of classes; by default all in turn")
-    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text")
+    parser.add_argument("--n", type=int, help="default 64, of a strip 8")
+    parser.add_argument(
+        "--label",
+        help="of the class, for a model of classes, or a sequence such as 3,1,4 for one of token sequences; by default all in turn",
+    )
+    parser.add_argument("--strip", action="store_true", help="a row for each image, from noise to image (diffusion models)")
+    parser.add_argument("--out", default="samples.png", help="a .png; .npy for the numbers themselves; .txt for bytes as text; .wav")
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv)  # the help, or that the folder is missing; options may come first where the model adds none
+    folder = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    with _words("sample"):
+        model, _ = load_run(folder.folder, folder.device)
+    group = parser.add_argument_group(f"of a {type(model).__name__}")
+    for name, (read, default) in sample_options(model).items():
+        option = "--" + name.replace("_", "-")
+        group.add_argument(option, type=read, default=argparse.SUPPRESS, help=f"(default: {default})", metavar="X")
     arguments = parser.parse_args(argv)
     with _words("sample"):
-        if arguments.n < 1:
-            raise ValueError(f"--n must be at least 1, got {arguments.n}")
+        n = (8 if arguments.strip else 64) if arguments.n is None else arguments.n
+        if n < 1:
+            raise ValueError(f"--n must be at least 1, got {n}")
+        if arguments.strip and not hasattr(model, "denoising"):
+            raise ValueError(f"a {type(model).__name__} has no way from noise to image to show: leave --strip out")
         out = Path(arguments.out)
-        model, _ = load_run(arguments.folder, arguments.device)
+        options = {name: value for name, value in vars(arguments).items() if name in sample_options(model)}
+        values = _draw(model, n, arguments.seed, arguments.label, strip=arguments.strip, **options)
         if out.suffix == ".npy":
             import numpy as np
 
-            values = _draw(model, arguments.n, arguments.seed, arguments.label).cpu().numpy()
-            _picture(out, lambda file, **_: np.save(file, values))
+            _picture(out, lambda file, **_: np.save(file, values.cpu().numpy()))
         elif out.suffix == ".txt":
-            lines = _draw(model, arguments.n, arguments.seed, arguments.label).cpu()
-            if lines.dim() != 2 or lines.is_floating_point():
+            if values.dim() != 2 or values.is_floating_point():
                 raise ValueError(f"the samples of a {type(model).__name__} are no text")
-            text = b"\n\n".join(bytes(line) for line in lines.tolist())
+            text = b"\n\n".join(bytes(line) for line in values.tolist())
             _picture(out, lambda file, **_: file.write(text + b"\n"))
+        elif hasattr(model.config, "rate"):
+            _sound(out, values, model.config.rate)
         else:
-            _picture(out, _samples(model, arguments.n, arguments.seed, arguments.label).save)
+            _picture(out, _grid(model, values).save)
         print(f"wrote {out}")
 
 
@@ -246,6 +275,62 @@ def eval_(argv):
         else:
             columns = shutil.get_terminal_size().columns
             print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
+            if hasattr(model, "bits_per_dim"):
+                print("\n".join(_against_baselines(values, source, arguments.split, model)))
+
+
+@command
+def score(argv):
+    """The log-likelihood of each input under a trained model: genkern score run --data new.npy --out scores.npy
+
+    In nats per input; of uint8 inputs the model's bound, with one key per input. Prints the spread and the inputs that surprise most.
+    """
+    parser = _run_parser("score", score)
+    parser.add_argument("--data", help="by default that of the training")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test", "all"))
+    parser.add_argument("--out", help="a .npy for the numbers, in the order of the inputs")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lowest", type=int, default=5, help="how many of the most surprising inputs are listed")
+    arguments = parser.parse_args(argv)
+    with _words("score"):
+        import torch
+
+        from genkern import data, plots, random
+
+        model, run = load_run(arguments.folder, arguments.device)
+        if not hasattr(model, "log_prob"):
+            raise ValueError(f"a {type(model).__name__} has no log_prob")
+        if not (name := arguments.data or run.get("data")):
+            raise ValueError(f"{arguments.folder} does not name its data: give --data")
+        source = data.load(name, window=run.get("window"))
+        parts = ("train", "validation", "test") if arguments.split == "all" else (arguments.split,)
+        inputs = torch.cat([source.split(part)[0] for part in parts])
+        labels = None if source.train[1] is None else torch.cat([source.split(part)[1] for part in parts])
+        if "labels" in model.conditions and labels is None:
+            raise ValueError(f"this {type(model).__name__} needs labels, and {source.name} has none")
+        device = next(model.parameters()).device
+        keys, scores = random.split(random.key(arguments.seed), len(inputs)), []
+        for i in range(0, len(inputs), arguments.batch_size):
+            rows = slice(i, i + arguments.batch_size)
+            conditions = {"labels": labels[rows].to(device)} if "labels" in model.conditions else {}
+            with torch.no_grad():
+                scores.append(model.log_prob(inputs[rows].to(device), key=keys[rows].to(device), **conditions).double().cpu())
+        scores = torch.cat(scores)
+        order = scores.argsort()
+        quantile = lambda q: float(scores[order[min(len(order) - 1, int(q * len(order)))]])
+        row = {"inputs": len(scores), "mean": float(scores.mean()), "std": float(scores.std(correction=0))}
+        print(plots.table([row | {"least": quantile(0), "5 %": quantile(0.05), "median": quantile(0.5), "most": float(scores.max())}]))
+        listed = order[: arguments.lowest].tolist()
+        if listed:
+            of = lambda i: {} if labels is None else {"class": source.class_names[int(labels[i])]}
+            print(plots.table([{"input": i, **of(i), "log_prob": float(scores[i])} for i in listed]))
+        if arguments.out:
+            import numpy as np
+
+            if Path(arguments.out).suffix != ".npy":
+                raise ValueError(f"--out must end in .npy, got {arguments.out}")
+            _picture(Path(arguments.out), lambda file, **_: np.save(file, scores.numpy()))
+            print(f"wrote {arguments.out}")
 
 
 @command
@@ -296,7 +381,7 @@ def load_run(folder, device=None):
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch")
+        raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(folder).to(device)
     run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
@@ -311,27 +396,96 @@ def _run_parser(name, function):
     return parser
 
 
-def _draw(model, n, seed, label):
-    """n samples; those of a model of classes with the given label, or with all in turn."""
-    import torch
+def _against_baselines(values, source, split, model):
+    """Lines that set a model's figures on a split beside those of models that need no training loop."""
+    from genkern.metrics import baselines
 
+    if "bits_per_dim" in values:
+        name, unit, own = "bits_per_dim", "bits per dimension", values["bits_per_dim"]
+        scale = 1.0
+    elif source.levels is None and "log_prob" in values:  # densities: nats per input
+        name, unit, own = "log_prob", "nats per input, -log density", -values["log_prob"]
+        scale = math.prod(source.shape) * math.log(2)
+    else:
+        return []
+    found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
+    return [f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items())]
+
+
+def sample_options(model):
+    """{name: (reader of its text, default)} of what model.sample takes by keyword, beside what every command gives.
+
+    Its annotation says of what type an option is, or else its default; what neither tells is not offered.
+    """
+    method = type(model).sample
+    given, hints, options = {"n", "key", "generator", "batch_size", *model.conditions}, typing.get_type_hints(method), {}
+    for name, parameter in inspect.signature(method).parameters.items():
+        hint = hints.get(name, type(parameter.default))
+        kinds = typing.get_args(hint) or (hint,)
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in given and {int, float, str, bool} & set(kinds):
+            options[name] = _reader(hint), parameter.default
+    return options
+
+
+def _draw(model, n, seed, label=None, strip=False, **options):
+    """n samples; those of a model of classes with the given label (text), or with all in turn. strip: rows from noise to image."""
     from genkern import random
 
-    key, classes = random.key(seed), getattr(model.config, "classes", None)
+    draw, key = model.denoising if strip else model.sample, random.key(seed)
     if "labels" not in model.conditions:
         if label is not None:
             raise ValueError(f"{type(model).__name__} knows no labels: leave --label out")
-        return model.sample(n, key=key)
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--label must be in 0..{classes - 1}, got {label}")
-    labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
-    return model.sample(n, key=key, labels=labels.to(next(model.parameters()).device))
+        return draw(n, key=key, **options)
+    return draw(n, key=key, labels=labels(model, n, label), **options)
 
 
-def _samples(model, n, seed, label):
+def labels(model, n, label=None):
+    """Labels of n samples, (n,) or (n, L) for a model of token sequences: all that of a text such as "3" or "3,1,4", or all in turn."""
+    import torch
+
+    classes, device = model.config.classes, next(model.parameters()).device
+    if label is None:
+        return model.labels_in_turn(n) if hasattr(model, "labels_in_turn") else torch.arange(n, device=device) % classes
+    try:
+        values = [int(part) for part in label.split(",")]
+    except ValueError:
+        raise ValueError(f"--label must be a number, or several as in 3,1,4, got {label!r}") from None
+    sequence = getattr(model.config, "tokens", 0)
+    if len(values) > max(sequence, 1):
+        raise ValueError(f"--label: this model takes at most {max(sequence, 1)}, got {len(values)}")
+    for value in values:
+        if not 0 <= value < classes:
+            raise ValueError(f"--label must be in 0..{classes - 1}, got {value}")
+    return torch.tensor([values] * n, device=device) if sequence else torch.full((n,), values[0], device=device)
+
+
+def _grid(model, values):
     from genkern import plots
 
-    return plots.grid(_draw(model, n, seed, label), levels=getattr(model.config, "levels", None))
+    return plots.grid(values, levels=getattr(model.config, "levels", None))
+
+
+def _sound(path, sounds, rate):
+    """sounds (N, 1, L) one behind the other into a .wav, and their spectrograms into the .png beside it; of a .png, that alone."""
+    import wave
+
+    import torch
+
+    from genkern import plots
+
+    if path.suffix == ".wav":
+        row = torch.nn.functional.pad(sounds[:, 0].cpu().float(), (0, rate // 8)).flatten()  # a moment of silence behind each
+        samples = (row.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
+
+        def save(file):
+            with wave.open(file, "wb") as out:
+                out.setnchannels(1)
+                out.setsampwidth(2)
+                out.setframerate(rate)
+                out.writeframes(samples)
+
+        _picture(path, save)
+    _picture(path.with_suffix(".png") if path.suffix == ".wav" else path, plots.spectrograms(sounds).save)
 
 
 def _picture(path, save, **settings):
@@ -340,8 +494,8 @@ def _picture(path, save, **settings):
 
     from genkern.models._base import write
 
-    if path.suffix not in (".png", ".npy", ".txt"):
-        raise ValueError(f"the file must end in .png, .npy or .txt, got {path}")
+    if path.suffix not in (".png", ".npy", ".txt", ".wav"):
+        raise ValueError(f"the file must end in .png, .npy, .txt or .wav, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     file = io.BytesIO()

@@ -3,6 +3,7 @@
 import genkern.data
 
 data = genkern.data.load("digits")               # scikit-learn's handwritten digits                 uint8 (N, 1, 8, 8)
+data = genkern.data.load("digits32")             # up to four of them on an image, labels (N, 4)         uint8 (N, 1, 32, 32)
 data = genkern.data.load("photos")               # 32 x 32 patches of its two photographs            uint8 (N, 3, 32, 32)
 data = genkern.data.load("topics")               # the text of Python's documentation topics         uint8 (N, length)
 data = genkern.data.load("plucks")               # two minutes of synthesised plucked strings       float (N, 1, length)
@@ -29,7 +30,10 @@ IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set in three fixed splits, each (inputs, labels): labels int64 (N,), or None where there are none."""
+    """A data set in three fixed splits, each (inputs, labels): labels int64 (N,), or None where there are none.
+
+    A label may also be a sequence (N, L) of classes, padded by the number of classes.
+    """
 
     name: str  # what load() takes to give it again
     train: tuple
@@ -130,6 +134,24 @@ def _digits():
     return Data("digits", **parts, shape=(1, 8, 8), levels=16, class_names=tuple("0123456789"))
 
 
+def _digits32():
+    """Up to four of the digits on one 32 x 32 image, each doubled in size to a quarter of it, in reading order from the top left.
+
+    The label is the sequence of the digits, padded by 10. Digits of one split are composed only with each other.
+    """
+    splits = {}
+    for (split, (images, labels)), count in zip({name: digits(name) for name in SPLITS}.items(), (4000, 400, 400), strict=True):
+        for_digit, for_length = random.split(random.fold_in(random.key(32), len(images)), 2)
+        chosen = random.bits(for_digit, (count, 4), dtype=torch.int64).remainder(len(images))
+        length = 1 + random.bits(for_length, (count, 1), dtype=torch.int64).remainder(4)
+        absent = torch.arange(4) >= length
+        large = torch.nn.functional.interpolate(images.float() * (255 / 16), scale_factor=2, mode="bilinear")  # (N, 1, 16, 16)
+        tiles = large[chosen, 0].masked_fill(absent[:, :, None, None], 0).round().to(torch.uint8)  # (count, 4, 16, 16)
+        pictures = tiles.view(count, 2, 2, 16, 16).permute(0, 1, 3, 2, 4).reshape(count, 1, 32, 32)
+        splits[split] = (pictures, labels[chosen].masked_fill(absent, 10))
+    return Data("digits32", **splits, shape=(1, 32, 32), levels=255, class_names=tuple("0123456789"))
+
+
 def _photos():
     """Patches of scikit-learn's two photographs: of the left three quarters one every 8 pixels to train on, of the right quarter
     those that do not overlap, in turn for validation and test. The label says which photograph."""
@@ -195,7 +217,7 @@ def _plucks(length):
     return _split("plucks", windows, None, f"windows of {length} samples", levels=None, window=length, rate=rate)
 
 
-IMAGES_BUILT_IN = {"digits": _digits, "photos": _photos}
+IMAGES_BUILT_IN = {"digits": _digits, "digits32": _digits32, "photos": _photos}
 
 
 def _images(path, files):

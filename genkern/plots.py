@@ -43,6 +43,26 @@ def grid(images, *, levels=None, columns=None, scale=None):
     return Image.fromarray(pixels.squeeze(-1).numpy() if c == 1 else pixels.numpy())
 
 
+def spectrograms(sounds, *, size=256, floor=80):
+    """A PIL image of sounds (N, 1, L), one below the other: time to the right, frequency upwards, white the loudest.
+
+    size: samples per window, which overlap by three quarters; floor: decibels below the loudest that are black.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('spectrograms: needs Pillow, of the extra "models": pip install "genkern[models]"') from error
+    if not isinstance(sounds, torch.Tensor) or sounds.dim() != 3 or sounds.shape[1] != 1 or sounds.numel() == 0:
+        found = tuple(sounds.shape) if isinstance(sounds, torch.Tensor) else type(sounds).__name__
+        raise ValueError(f"spectrograms: sounds must be (N, 1, L) with N and L at least 1, got {found}")
+    x = torch.nn.functional.pad(sounds[:, 0].detach().cpu().float(), (size // 2, size // 2))
+    power = torch.stft(x, size, size // 4, window=torch.hann_window(size), center=False, return_complex=True).abs() ** 2  # (N, F, T)
+    decibels = 10 * torch.log10(power / power.max().clamp(min=1e-12) + 1e-12)
+    pixels = ((decibels / floor + 1).clamp(0, 1) * 255).round().to(torch.uint8).flip(1)
+    pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 1), value=128).flatten(0, 1).repeat_interleave(4, 1)
+    return Image.fromarray(pixels.numpy())
+
+
 def curves(history):
     """A matplotlib figure of a history that fit() returned (or history.json): the losses in training and validation per epoch."""
     try:
@@ -61,6 +81,36 @@ def curves(history):
                 )
         axes.set(xlabel="epoch", title=name)
         axes.legend()
+    return figure
+
+
+def density(model, points=None, *, bounds=None, steps=200):
+    """A matplotlib figure of the density of a model of points in the plane, exp(log_prob), with some points on top.
+
+    bounds: (left, right, bottom, top), by default those of the points and a fifth more.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('density: needs matplotlib, of the extra "models": pip install "genkern[models]"') from error
+    if points is not None and (points.dim() != 2 or points.shape[1] != 2 or len(points) == 0):
+        raise ValueError(f"density: points must be (N, 2), got {tuple(points.shape)}")
+    if bounds is None:
+        if points is None:
+            raise ValueError("density: give points or bounds")
+        low, high = points.amin(0), points.amax(0)
+        low, high = low - 0.2 * (high - low), high + 0.2 * (high - low)
+        bounds = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
+    x, y = torch.linspace(*bounds[:2], steps), torch.linspace(*bounds[2:], steps)
+    plane = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2)  # rows of the picture go up
+    with torch.no_grad():
+        values = model.log_prob(plane.to(next(model.parameters()).device)).exp().view(steps, steps).cpu()
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(values.numpy(), origin="lower", extent=bounds, aspect="auto"), label="density")
+    if points is not None:
+        some = points[:500].cpu()
+        axes.plot(some[:, 0].numpy(), some[:, 1].numpy(), ".", color="white", markersize=1.5, alpha=0.6)
     return figure
 
 

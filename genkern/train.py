@@ -156,16 +156,18 @@ class _Run:
         self.optimizers = {name: model.optimizer(parameters, settings) for name, parameters in self.objectives.items()}
         self.rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
         self.epoch, self.step, self.best, self.history = 0, 0, None, []
-        self.sums = {}  # of this epoch's losses, tensors on the device: no wait per step
+        self.sums, self.counts = {}, {}  # of this epoch's losses, tensors on the device: no wait per step; and of how many steps
         self.restart_ema()
 
     def restart_ema(self):
-        named = self.model.named_parameters() if self.settings.ema is not None else ()
-        self.ema = {name: p.detach().clone() for name, p in named}
+        named = self.model.averaged() if self.settings.ema is not None else {}
+        self.ema = {name: p.detach().clone() for name, p in named.items()}
 
     def train_step(self, model, x, keys, conditions, step, world):
         several, total = len(self.objectives) > 1, self.settings.epochs * self.steps_per_epoch
         for name, parameters in self.objectives.items():
+            if not self.model.due(name, step):
+                continue
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
                 loss, parts = model(x, key=keys, **conditions, **({"objective": name} if several else {}))
             self.model.zero_grad(set_to_none=True)
@@ -181,10 +183,11 @@ class _Run:
             for part, value in {name: loss.detach(), **parts}.items():
                 value = torch.as_tensor(value, device=x.device).detach().to(_wide(x.device))
                 self.sums[part] = self.sums[part] + value if part in self.sums else value
+                self.counts[part] = self.counts.get(part, 0) + 1
         self.model.zero_grad(set_to_none=True)
         if self.ema:
             with torch.no_grad():
-                for name, p in self.model.named_parameters():
+                for name, p in self.model.averaged().items():
                     self.ema[name].lerp_(p, 1 - self.settings.ema)
         self.step += 1
 
@@ -200,25 +203,25 @@ class _Run:
                 raise FloatingPointError(f"fit: {name} is {float(total)} in epoch {self.epoch + 1}; {words}")
 
     def means(self):
-        values = {name: float(total) / self.steps_per_epoch for name, total in self.sums.items()}
-        return {"loss": values[next(iter(self.objectives))], **values}
+        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        return {"loss": values.get(next(iter(self.objectives))), **values}  # None: not trained in this epoch
 
     def finish_epoch(self, row):
         self.history.append(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.epoch, self.step, self.sums, self.counts = self.epoch + 1, 0, {}, {}
 
     def averaged_weights(self):
         return _Swapped(self.model, self.ema)
 
     def keep_average(self):
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
+            for name, p in self.model.averaged().items():
                 if name in self.ema:
                     p.copy_(self.ema[name])
 
     def save(self, folder, facts):
         state = {"run": facts, "epoch": self.epoch, "step": self.step, "best": self.best, "history": self.history,
-                 "sums": {name: float(total) for name, total in self.sums.items()}}  # fmt: skip
+                 "sums": {name: float(total) for name, total in self.sums.items()}, "counts": self.counts}  # fmt: skip
         checkpoint.save(folder / "last.safetensors", checkpoint.collect(self.model, self.optimizers, self.ema), state)
         self.write_history(folder)
 
@@ -235,6 +238,7 @@ class _Run:
             if not isinstance(state["history"], list) or len(state["history"]) != counts[0]:
                 raise ValueError("its history does not fit its epoch")
             sums = {str(name): torch.tensor(float(total), dtype=torch.float64) for name, total in state["sums"].items()}
+            steps = {name: int(state["counts"][name]) for name in sums}
             best = None if state["best"] is None else float(state["best"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"checkpoint: {path} cannot be used: {error}") from error
@@ -245,6 +249,7 @@ class _Run:
         checkpoint.restore(path, tensors, self.model, self.optimizers, self.ema)
         device = next(self.model.parameters()).device
         self.sums = {name: total.to(device, _wide(device)) for name, total in sums.items()}
+        self.counts = steps
         (self.epoch, self.step), self.best, self.history = counts, best, state["history"]
 
 
@@ -252,7 +257,7 @@ class _Swapped:
     """The averaged weights inside `with`, the trained ones after it."""
 
     def __init__(self, model, ema):
-        self.pairs = [(p, ema[name]) for name, p in model.named_parameters() if name in ema]
+        self.pairs = [(p, ema[name]) for name, p in model.averaged().items() if name in ema]
 
     def __enter__(self):
         self._swap()
@@ -355,7 +360,7 @@ class _bar:
     """tqdm on a terminal where it is installed, else one line per epoch."""
 
     def __init__(self, run, epochs, shown):
-        self.shown, self.bar, self.epochs = shown, None, epochs
+        self.shown, self.bar, self.epochs, self.objectives = shown, None, epochs, list(run.objectives)
         if shown and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -371,7 +376,8 @@ class _bar:
     def epoch(self, row):
         if not self.shown:
             return
-        names = [name for name in ("loss", "validation_loss") if row.get(name) is not None]
+        trained = ["loss"] if row.get("loss") is not None else [name for name in self.objectives if name in row]
+        names = [*trained, *(["validation_loss"] if row.get("validation_loss") is not None else [])]
         text = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in names)
         line = f"epoch {row['epoch']:4}/{self.epochs}  {text}  {row.get('seconds', 0):.1f} s"
         if self.bar is not None:

@@ -1,4 +1,6 @@
-// discretized_mix_logistic_nll: lanes over pixels, whose values of one channel are neighbours in memory.
+// discretized_mix_logistic_nll: lanes over pixels, whose values of one channel are neighbours in memory. A tile of pixels of all
+// channels is copied into a buffer first, and gradients leave through one: to walk over a hundred channels, often whole pages apart,
+// pixel by pixel would wait for memory most of the time.
 //
 // With d = a - b, the log-probability of an inner bin is log(1 - e^-d) - softplus(-a) - softplus(b); since
 // softplus(-a) = max(-a, 0) + log(1 + e^-|a|), one logarithm serves all three terms.
@@ -7,7 +9,8 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kPixels = 256;  // of a unit of work; a multiple of the lanes
+constexpr int64_t kPixels = 128;            // of a unit of work; a multiple of the lanes
+constexpr int64_t kStride = kPixels + 16;  // of a channel in the buffers: channels of a power of two apart would share cache lines' places
 
 template <class V>
 GK_FN V positive(V x) {
@@ -59,47 +62,40 @@ GK_FN Bin<V> bin(V x, V mean, V raw_log_scale, const Rule& rule) {
   return result;
 }
 
-// `at(channel)` and `to(channel)` are where this lane's pixels of that channel of params and of its gradient lie.
+// Parameters and their gradients lie in buffers, kStride apart by channel.
 template <class V, int colours, bool gradient>
 struct Mixture {
   static constexpr int kKinds = colours == 3 ? 3 : 2;  // means, log scales, coefficients
   int64_t k;
   Rule rule;
-  const Scalar<V>* const* params;  // one pointer per channel
-  Scalar<V>* const* grads;
+  const Scalar<V>* params;
+  Scalar<V>* grads;
   V* joint;                  // k: logit + log-probability
   V (*slopes)[colours * 3];  // k: derivatives to the parameters
 
-  V get(int64_t channel, int64_t pixel, int count) const {
-    return count == Lane<V>::kCount ? load<V>(params[channel] + pixel) : load_first(params[channel] + pixel, count, V{});
-  }
-  void put(int64_t channel, int64_t pixel, int count, V value) const {
-    if (count == Lane<V>::kCount)
-      store(grads[channel] + pixel, value);
-    else
-      store_first(grads[channel] + pixel, value, count);
-  }
+  V get(int64_t channel, int64_t pixel) const { return load<V>(params + channel * kStride + pixel); }
+  void put(int64_t channel, int64_t pixel, V value) const { store(grads + channel * kStride + pixel, value); }
   int64_t channel(int colour, int kind, int64_t i) const { return k + (colour * kKinds + kind) * k + i; }
 
-  V operator()(const V* x, int64_t pixel, int count, V grad) const {
+  V operator()(const V* x, int64_t pixel, V grad) const {
     const V zero{};
-    V top = get(0, pixel, count), joint_top = splat<V>(-__builtin_inf());
+    V top = get(0, pixel), joint_top = splat<V>(-__builtin_inf());
     for (int64_t i = 0; i < k; i++) {
-      const V logit = get(i, pixel, count);
+      const V logit = get(i, pixel);
       V sum = logit;
       for (int c = 0; c < colours; c++) {
-        V mean = get(channel(c, 0, i), pixel, count), link0 = zero, link1 = zero;
+        V mean = get(channel(c, 0, i), pixel), link0 = zero, link1 = zero;
         if constexpr (colours == 3) {
           if (c == 1) {
-            link0 = tanh(get(channel(0, 2, i), pixel, count));
+            link0 = tanh(get(channel(0, 2, i), pixel));
             mean = mean + link0 * x[0];
           } else if (c == 2) {
-            link0 = tanh(get(channel(1, 2, i), pixel, count));
-            link1 = tanh(get(channel(2, 2, i), pixel, count));
+            link0 = tanh(get(channel(1, 2, i), pixel));
+            link1 = tanh(get(channel(2, 2, i), pixel));
             mean = mean + link0 * x[0] + link1 * x[1];
           }
         }
-        const Bin<V> one = bin<gradient>(x[c], mean, get(channel(c, 1, i), pixel, count), rule);
+        const Bin<V> one = bin<gradient>(x[c], mean, get(channel(c, 1, i), pixel), rule);
         sum = sum + one.log_p;
         if constexpr (gradient) {
           slopes[i][c] = one.d_mean;
@@ -115,20 +111,26 @@ struct Mixture {
     }
     V prior = zero, total = zero;
     for (int64_t i = 0; i < k; i++) {
-      prior = prior + exp(get(i, pixel, count) - top);
+      prior = prior + exp(get(i, pixel) - top);
       total = total + exp(joint[i] - joint_top);
     }
     if constexpr (gradient) {
       for (int64_t i = 0; i < k; i++) {
         const V weight = grad * exp(joint[i] - joint_top) / total;
-        put(i, pixel, count, grad * exp(get(i, pixel, count) - top) / prior - weight);
+        put(i, pixel, grad * exp(get(i, pixel) - top) / prior - weight);
         for (int kind = 0; kind < kKinds; kind++)
-          for (int c = 0; c < colours; c++) put(channel(c, kind, i), pixel, count, -weight * slopes[i][kind * colours + c]);
+          for (int c = 0; c < colours; c++) put(channel(c, kind, i), pixel, -weight * slopes[i][kind * colours + c]);
       }
     }
     return (top + log(prior)) - (joint_top + log(total));
   }
 };
+
+template <class S>
+void copy(const Array& from, int64_t row, int64_t first, int64_t count, S* to) {
+  const S* values = read(from, row, first, count, to);
+  if (values != to) memcpy(to, values, count * sizeof(S));
+}
 
 // Sample n's pixels in units of kPixels; totals of units are added in their order.
 template <class S, int colours, bool gradient>
@@ -139,36 +141,35 @@ void run(const Rows& x, const Rows& params, int64_t channels, int64_t pixels, co
   const int64_t n = params.shape().rows, tiles = (pixels + kPixels - 1) / kPixels, k = channels / (colours == 3 ? 10 : 3);
   std::vector<double> partial(gradient ? 0 : n * tiles);
   torch::stable::parallel_for(0, n * tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<S> buffer((colours + channels) * kPixels), grad_buffer(gradient ? channels * kPixels : 0);
-    std::vector<const S*> at(channels);
-    std::vector<S*> to(gradient ? channels : 0);
+    std::vector<S> data(colours * kStride), buffer(channels * kStride), grad_buffer(gradient ? channels * kStride : 0);
     std::vector<V> scratch(k * (1 + 3 * colours));
+    const Mixture<V, colours, gradient> mixture{
+        k, rule, buffer.data(), grad_buffer.data(), scratch.data(), reinterpret_cast<V(*)[3 * colours]>(scratch.data() + k)};
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t row = unit / tiles, first = unit % tiles * kPixels, count = std::min(kPixels, pixels - first);
-      const S* data[colours];
-      for (int64_t c = 0; c < channels; c++)
-        at[c] = read(params.array(), row, c * pixels + first, count, buffer.data() + c * kPixels);
-      for (int c = 0; c < colours; c++)
-        data[c] = read(x.array(), row, c * pixels + first, count, buffer.data() + (channels + c) * kPixels);
+      for (int64_t c = 0; c < channels; c++) copy(params.array(), row, c * pixels + first, count, buffer.data() + c * kStride);
+      for (int c = 0; c < colours; c++) copy(x.array(), row, c * pixels + first, count, data.data() + c * kStride);
       V outer{};
       if constexpr (gradient) {
         S one;
         outer = splat<V>(*read(grad, row, 0, 1, &one));
-        for (int64_t c = 0; c < channels; c++) to[c] = place(out, row, c * pixels + first, grad_buffer.data() + c * kPixels);
       }
-      const Mixture<V, colours, gradient> mixture{
-          k, rule, at.data(), to.data(), scratch.data(), reinterpret_cast<V(*)[3 * colours]>(scratch.data() + k)};
       V total{};
       for (int64_t i = 0; i < count; i += kCount) {
-        const int some = static_cast<int>(std::min<int64_t>(kCount, count - i));
         V value[colours];
-        for (int c = 0; c < colours; c++) value[c] = some == kCount ? load<V>(data[c] + i) : load_first(data[c] + i, some, V{});
-        const V nll = mixture(value, i, some, outer);
-        total = total + (some == kCount ? nll : keep_first(nll, some));
+        for (int c = 0; c < colours; c++) value[c] = load<V>(data.data() + c * kStride + i);
+        const V nll = mixture(value, i, outer);
+        total = total + (count - i >= kCount ? nll : keep_first(nll, static_cast<int>(count - i)));
       }
       if constexpr (gradient) {
-        for (int64_t c = 0; c < channels; c++)
-          if (to[c] == grad_buffer.data() + c * kPixels) write(out, row, c * pixels + first, to[c], count);
+        for (int64_t c = 0; c < channels; c++) {
+          S* values = grad_buffer.data() + c * kStride;
+          S* to = place(out, row, c * pixels + first, values);
+          if (to == values)
+            write(out, row, c * pixels + first, values, count);
+          else
+            memcpy(to, values, count * sizeof(S));
+        }
       } else {
         partial[unit] = sum_lanes(total);
       }

@@ -10,14 +10,14 @@ struct GuidanceMoments {
   NoNoise noise;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
-    const V u = in[0], c = in[1];
-    term[0] = u, term[1] = c, term[2] = u * u, term[3] = u * c, term[4] = c * c;
+    const V c = in[1], d = c - in[0];
+    term[0] = c, term[1] = d, term[2] = d * d, term[3] = c * d, term[4] = c * c;
   }
 };
 
-Tensor guidance_moments(Tensor model_output) {
+Tensor guidance_moments(Tensor model_output, bool learned) {
   const Rows rows(model_output);
-  const RowShape shape{rows.shape().rows / 2, rows.shape().width};
+  const RowShape shape{rows.shape().rows / 2, rows.shape().width / (learned ? 2 : 1)};  // the rest is a variance
   Tensor sums = torch::stable::new_empty(model_output, {shape.rows, 5}, sum_type(model_output.scalar_type()));
   const Array u = rows.array();
   Array c = u;

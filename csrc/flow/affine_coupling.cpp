@@ -65,6 +65,24 @@ struct SoftClipScale {  // ln s = u / (1 + |u| / limit)
   }
 };
 
+GK_FN double arctan(double x) { return ::atan(x); }
+template <class V>
+GK_FN V arctan(V x) {  // reduced to |r| <= tan(pi / 8) by atan(a) = pi/2 - atan(1/a) = pi/4 + atan((a - 1) / (a + 1))
+  const V a = x < 0 ? -x : x, zero{};
+  const V r = a > 2.4142135f ? -1 / a : a > 0.41421357f ? (a - 1) / (a + 1) : a, z = r * r;
+  const V base = a > 2.4142135f ? splat<V>(1.5707963267948966) : a > 0.41421357f ? splat<V>(0.7853981633974483) : zero;
+  const V y = base + fma(r * z, horner_fma(z, -0.333333152, 0.199984715, -0.142435333, 0.105938137, -0.0607822131), r);
+  return x < 0 ? -y : y;
+}
+struct ArctanScale {  // ln s = limit arctan(u)
+  double limit;
+  template <class V>
+  GK_FN Scaled<V> operator()(V u) const {
+    const V most = splat<V>(limit), log_scale = arctan(u) * most;
+    return {exp(log_scale), log_scale, most / fma(u, u, splat<V>(1))};
+  }
+};
+
 // ---- rows: x, shift, raw scale (and mask, the same for all rows) of the transformed elements
 
 template <class Scale, bool kMask>
@@ -128,8 +146,10 @@ void with_scale(int64_t scale, double limit, const Run& run) {
       return run(SoftplusScale{limit});
     case 4:
       return run(TanhScale{limit});
-    default:
+    case 5:
       return run(SoftClipScale{limit});
+    default:
+      return run(ArctanScale{limit});
   }
 }
 

@@ -1,18 +1,23 @@
-"""The step of diffusers' schedulers as one fused kernel.
+"""The step of diffusers' schedulers as one fused kernel, and the norms of their models.
 
-    from genkern.integrations.diffusers import fuse_scheduler
-    fuse_scheduler(pipe.scheduler)          # then use the pipeline as before
+    from genkern.integrations.diffusers import fuse
+    fuse(pipe)                              # then use the pipeline as before; unfuse(pipe) undoes it
+    fuse_scheduler(pipe.scheduler)          # the scheduler alone
 
 The scheduler stays the same object of the same class; its coefficients are computed once per set_timesteps, in float64, so that a
 step is one kernel without host synchronisation.
 """
 
+import copy
+import functools
+import inspect
 import math
 import sys
 
 import torch
 
-from genkern.ops import sampler_step
+from genkern.integrations._probe import NotLinear, probe, suspects
+from genkern.ops import dynamic_threshold, sampler_step
 from genkern.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, EulerAncestral, UniPC
 from genkern.samplers._schedule import Grid
 
@@ -22,28 +27,120 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("genkern.integrations.diffusers needs diffusers: pip install diffusers") from error
 
 
-def fuse_scheduler(scheduler):
-    """Replace scheduler.step by a fused one and return the scheduler; unfuse_scheduler undoes it.
+def fuse(pipe):
+    """Fuse a pipeline in place, and return it: its scheduler, and group norm with SiLU in its UNets and autoencoders.
 
-    Serves DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler with
-    (sde-)dpmsolver++ and UniPCMultistepScheduler up to order 2, in float32, bfloat16 and float16. Noise is drawn as diffusers draws
-    it, so the same generator gives the same samples up to rounding. Calls with s_churn or use_clipped_model_output take the original
-    step. Before it returns, the fused step is compared with the original one on random data: a scheduler it would not reproduce is
-    refused with RuntimeError; unknown classes with TypeError, unknown configurations with ValueError.
+    The same generator gives the same images up to rounding. Objects, classes' names, weights, configurations, saving and training
+    stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms read and write contiguous
+    images: with channels_last they would copy. A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
+    Also takes a single model.
     """
-    name = type(scheduler).__name__
-    if name not in _KINDS:
-        raise TypeError(f"fuse_scheduler: serves {', '.join(_KINDS)}, got {name}")
-    trial = _KINDS[name](type(scheduler).from_config(scheduler.config))
-    trial.compare()
-    scheduler.step = _KINDS[name](scheduler).step
+    models = _models(pipe)
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is not None:
+        fuse_scheduler(scheduler)
+    from genkern.integrations._diffusers_norms import fuse_norms
+
+    for model in models:
+        fuse_norms(model)
+    return pipe
+
+
+def unfuse(pipe):
+    """Undo fuse(pipe), and return it."""
+    if getattr(pipe, "scheduler", None) is not None:
+        unfuse_scheduler(pipe.scheduler)
+    from genkern.integrations._diffusers_norms import unfuse_norms
+
+    for model in _models(pipe):
+        unfuse_norms(model)
+    return pipe
+
+
+def _models(pipe):
+    if isinstance(pipe, torch.nn.Module):
+        return [pipe]
+    if not isinstance(getattr(pipe, "components", None), dict):
+        raise TypeError(f"fuse: expects a diffusers pipeline or one of its models, got {type(pipe).__name__}")
+    return [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+
+
+def fuse_scheduler(scheduler):
+    """Replace the step of a scheduler by a fused one and return it; unfuse_scheduler undoes it. A class gives a class.
+
+    scheduler   an object: it stays the same object of the same class. Or a class, also one of your own: the result is a subclass of
+                the same name and configuration, whose objects are fused (genkern.integrations.diffusers.DDIMScheduler and the like
+                are these)
+
+    DDPM (also with a learned range of the variance), DDIM, Euler, Euler ancestral, DPM-Solver++ and UniPC have their coefficients in
+    closed form, with clipping and dynamic thresholding. Any other scheduler is run on unit vectors once per set_timesteps, a fraction
+    of a second, which gives the table of any step that is linear in the sample, the model outputs and the noise and keeps at most
+    three history terms. Before it returns, the fused step is compared with the original one on random data.
+
+    float32, bfloat16 and float16. Noise is drawn as diffusers draws it, so the same generator gives the same samples up to rounding.
+    Calls with s_churn or use_clipped_model_output of the first kind take the original step. ValueError, with the cause, where a
+    scheduler is not served: it is not linear, or needs more history. TypeError for what is no scheduler.
+    """
+    own = scheduler if isinstance(scheduler, type) else _own(scheduler)
+    if not all(hasattr(own, name) for name in ("step", "set_timesteps", "from_config")):
+        raise TypeError(f"fuse_scheduler: expects a scheduler of diffusers, or its class, got {own.__name__}")
+    if isinstance(scheduler, type):
+        return _fused_class(scheduler)
+    scheduler.step = _fused(scheduler).step
     return scheduler
 
 
 def unfuse_scheduler(scheduler):
-    """Give a fused scheduler its own step back."""
+    """Give a fused scheduler object its own step back."""
     vars(scheduler).pop("step", None)
     return scheduler
+
+
+def _own(scheduler):
+    """The class whose step is the original one."""
+    return getattr(type(scheduler), "_genkern_original", type(scheduler))
+
+
+@functools.cache
+def _fused_class(own):
+    if hasattr(own, "_genkern_original"):
+        return own
+
+    def step(self, *args, **kwargs):
+        self.step = _fused(self).step  # from now on the object's own
+        return self.step(*args, **kwargs)
+
+    functools.update_wrapper(step, own.step)
+    values = {"step": step, "_genkern_original": own, "__module__": own.__module__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), values)
+
+
+def __getattr__(name):
+    """Every scheduler class of diffusers, fused, under its own name."""
+    import diffusers
+
+    if name.endswith("Scheduler") and isinstance(getattr(diffusers, name, None), type):
+        return _fused_class(getattr(diffusers, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _fused(scheduler):
+    """The fused step of this scheduler, compared with its own."""
+    own = _own(scheduler)
+    trial = copy.deepcopy(scheduler)
+    vars(trial).pop("step", None)
+    kind = _KINDS.get(own.__name__)
+    if kind is not None and own.__module__.startswith("diffusers."):
+        try:
+            kind(trial).compare()
+            return kind(scheduler)
+        except ValueError:
+            pass  # a configuration without a closed form may still be linear
+    try:
+        _Probed(trial).compare()
+    except NotLinear as error:
+        raise ValueError(f"fuse_scheduler: {error}") from None
+    return _Probed(scheduler)
 
 
 def _data(prediction, alpha, sigma):
@@ -62,13 +159,21 @@ def _bare(sampler, **options):
     return bare
 
 
+def _run_or_refuse(scheduler, step, *args, **kwargs):
+    try:
+        return step(*args, **kwargs)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise NotLinear(f"{type(scheduler).__name__} cannot be run on random data{suspects(scheduler)} ({cause})") from error
+
+
 class _Fused:
     draws = True  # step() takes a generator
 
     def __init__(self, scheduler):
         self.scheduler, self.config = scheduler, scheduler.config
         self._timesteps = None
-        self._require("thresholding", False, None)
+        self.learned = False
         self._require("prediction_type", "epsilon", "sample", "v_prediction", "flow_prediction")
 
     def _require(self, name, *allowed):
@@ -77,22 +182,24 @@ class _Fused:
             raise ValueError(f"fuse_scheduler: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
     def compare(self):
-        """RuntimeError unless the fused step agrees with the scheduler's own on random data."""
-        scheduler, results = self.scheduler, []
+        """NotLinear unless the fused step agrees with the scheduler's own on random data."""
+        scheduler, results, original = self.scheduler, [], functools.partial(_own(self.scheduler).step, self.scheduler)
         generator = torch.Generator().manual_seed(0)
-        start, outputs = torch.randn(2, 4, 6, generator=generator), torch.randn(64, 2, 4, 6, generator=generator)
-        for step in (scheduler.step, self.step):
+        start, outputs = torch.randn(2, 4, 6, 6, generator=generator), torch.randn(64, 2, 8, 6, 6, generator=generator)
+        outputs = outputs if self.learned else outputs[:, :, :4]
+        for step in (functools.partial(_run_or_refuse, scheduler, original), self.step):
             scheduler.set_timesteps(16)
             generator, x, trace = torch.Generator().manual_seed(1), start, []
             for m, t in zip(outputs, scheduler.timesteps, strict=False):
-                scheduler.scale_model_input(x, t)
+                if hasattr(scheduler, "scale_model_input"):  # some insist on the call
+                    scheduler.scale_model_input(x, t)
                 x = step(m, t, x, **({"generator": generator} if self.draws else {}), return_dict=False)[0]
                 trace.append(x)
             results.append(torch.stack(trace))
         original, fused = results
         error = ((original - fused).abs().amax() / original.abs().amax()).item()
         if not error < 1e-4:
-            raise RuntimeError(f"fuse_scheduler: {type(scheduler).__name__} is not reproduced (relative error {error:.1e})")
+            raise NotLinear(f"{type(scheduler).__name__} is not reproduced on random data (relative error {error:.1e})")
 
     def _prepare(self, device, options):
         """The table for the timesteps that are set, on the device."""
@@ -112,20 +219,27 @@ class _Fused:
         if not noisy[index]:
             noise = None
         elif noise is None:
-            noise = self._noise(m, generator)
+            noise = self._noise(m, sample, generator)
         else:
             noise = noise.to(m.device)
-        h1, h2 = (*history, None, None)[:2]
+        h1, h2, h3 = (*history, None, None, None)[:3]
         out = torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
-        return sampler_step(sample, m, table, index, h1, h2, noise=noise, clip=self.clip, out=out)
+        bound = None
+        if self.config.get("thresholding"):
+            quantile, maximum = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+            bound = dynamic_threshold(sample, m, table, index, quantile=quantile, maximum=maximum)
+        return sampler_step(
+            sample, m, table, index, h1, h2, h3, noise=noise, clip=self.clip, bound=bound, learned_variance=self.learned, out=out
+        )
 
-    def _noise(self, m, generator):
-        return randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype)
+    def _noise(self, m, sample, generator):
+        return randn_tensor(sample.shape, generator=generator, device=m.device, dtype=m.dtype)
 
     clip = None
 
     def _clip(self):
-        return float(self.config.get("clip_sample_range", 1.0)) if self.config.get("clip_sample") else None
+        clips = self.config.get("clip_sample") and not self.config.get("thresholding")
+        return float(self.config.get("clip_sample_range", 1.0)) if clips else None
 
 
 class _Memoryless(_Fused):
@@ -136,7 +250,7 @@ class _Memoryless(_Fused):
 
     def table(self, *options):
         sampler, rows = self.rows(*options)
-        padded = [[*row[:8], 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0] for row in sampler.table(rows).tolist()]  # h' = y
+        padded = [[*row[:8], 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, *row[13:]] for row in sampler.table(rows).tolist()]  # h' = y
         return torch.tensor(padded, dtype=torch.float64), [row.sample.get("n", 0.0) != 0.0 for row in rows]
 
     def _where(self, timestep):
@@ -181,17 +295,18 @@ class _Memoryless(_Fused):
 class _DDPM(_Memoryless):
     def __init__(self, scheduler):
         super().__init__(scheduler)
-        self._require("variance_type", "fixed_small", "fixed_large")
+        self._require("variance_type", "fixed_small", "fixed_large", "learned_range")
+        self.learned = self.config.variance_type == "learned_range"
         self.clip = self._clip()
 
     def rows(self):
-        sampler = _bare(DDPM, variance=self.config.variance_type.removeprefix("fixed_"))
+        sampler = _bare(DDPM, variance=self.config.variance_type.removeprefix("fixed_"), learned_variance=self.learned)
         rows = []
         for t in self.scheduler.timesteps.tolist():
             previous = int(self.scheduler.previous_timestep(t))
             rows += self._preserving(sampler, t, previous, 1.0)
-            if t > 0 and previous < 0 and sampler.variance == "large":  # diffusers adds noise to the result unless t = 0
-                rows[-1].sample["n"] = math.sqrt(1 - float(self.scheduler.alphas_cumprod[t]))
+            if t > 0 and previous < 0 and sampler.variance != "small":  # diffusers adds noise to the result unless t = 0
+                rows[-1].sample["n"] = 1.0 if self.learned else math.sqrt(1 - float(self.scheduler.alphas_cumprod[t]))
         return sampler, rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
@@ -218,7 +333,7 @@ class _DDIM(_Memoryless):
         return_dict=True,
     ):  # fmt: skip
         if use_clipped_model_output:
-            return type(self.scheduler).step(
+            return _own(self.scheduler).step(
                 self.scheduler, model_output, timestep, sample, eta, True, generator, variance_noise, return_dict
             )
         table = self._prepare(sample.device, (float(eta),))
@@ -235,7 +350,7 @@ class _Euler(_Memoryless):
         return_dict=True,
     ):  # fmt: skip
         if s_churn:
-            return type(self.scheduler).step(
+            return _own(self.scheduler).step(
                 self.scheduler, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
             )
         return self._indexed(model_output, timestep, sample, generator, return_dict)
@@ -312,8 +427,8 @@ class _DPMSolver(_Multistep):
     def _short(self):
         return len(self.scheduler.timesteps) < 15
 
-    def _noise(self, m, generator):
-        return randn_tensor(m.shape, generator=generator, device=m.device, dtype=torch.float32)
+    def _noise(self, m, sample, generator):
+        return randn_tensor(sample.shape, generator=generator, device=m.device, dtype=torch.float32)
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
         return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
@@ -325,17 +440,94 @@ class _UniPC(_Multistep):
     def __init__(self, scheduler):
         super().__init__(scheduler)
         self._require("predict_x0", True)
-        self._require("solver_order", 1, 2)
+        self._require("solver_order", 1, 2, 3)
         self._require("solver_type", "bh1", "bh2")
         self._require("solver_p", None)
         if self.config.get("disable_corrector"):
             raise ValueError("fuse_scheduler: disable_corrector must be empty")
 
     def sampler(self):
-        return _bare(UniPC, order=self.config.solver_order, variant=self.config.solver_type)
+        order = self.config.solver_order
+        return _bare(UniPC, order=order, history=order, variant=self.config.solver_type)
 
     def step(self, model_output, timestep, sample, return_dict=True):
         return self._advance(model_output, timestep, sample, None, None, return_dict)
+
+
+def _signature(own):
+    """Of step: a subclass that passes everything on by *args has its parent's."""
+    signatures = [inspect.signature(c.step) for c in own.__mro__ if "step" in vars(c)]
+    return next((s for s in signatures if "sample" in s.parameters), signatures[0])
+
+
+class _Probed(_Fused):
+    """A scheduler that is a table because it was run."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.config, self.learned = scheduler, scheduler.config, False
+        self._signature = _signature(_own(scheduler))
+        self.draws = "generator" in self._signature.parameters
+        self._timesteps, self._index, self._tables = None, 0, {}
+
+    def step(self, *args, **kwargs):
+        bound = self._signature.bind(self.scheduler, *args, **kwargs)
+        bound.apply_defaults()
+        _, m, timestep, sample, *_ = bound.arguments.values()
+        arguments = dict(list(bound.arguments.items())[4:])
+        generator, return_dict = arguments.pop("generator", None), arguments.pop("return_dict", True)
+        given = [arguments.pop(name) for name in ("noise", "variance_noise") if name in arguments]
+        given = next((noise for noise in given if noise is not None), None)
+        scheduler = self.scheduler
+        if scheduler.timesteps is not self._timesteps or self._index == len(self._noisy):
+            self._start(timestep, sample, arguments)
+        if arguments != self._arguments:
+            raise ValueError(f"step: arguments may not change between steps of a fused scheduler, got {arguments}")
+        if sample.device not in self._tables:
+            self._tables[sample.device] = [t.float().to(sample.device) for t in (self._table, *self._extras)]
+        table, *extras = self._tables[sample.device]
+        noise, index = None, self._index
+        if self._noisy[index]:
+            noise = randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype) if given is None else given.to(m.device)
+        new = lambda: torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
+        past = [sample] if self._extra_is_history else self._past
+        outputs = [sampler_step(sample, m, t, index, *past, noise=noise, out=new()) for t in (table, *extras)]
+        if past:
+            (first, newest), *rest = outputs
+            outputs = [first, *(extra for extra, _ in rest)]
+            if self._extra_is_history:
+                outputs.append(newest)
+            else:
+                self._past = [newest, *past[:-1]]
+        self._index += 1
+        if getattr(scheduler, "_step_index", None) is not None:
+            scheduler._step_index += 1
+        return self._result(*outputs) if return_dict else tuple(outputs)
+
+    def _start(self, timestep, sample, arguments):
+        """The table of a run that begins at this timestep."""
+        scheduler, own = self.scheduler, _own(self.scheduler)
+        untouched = copy.deepcopy(scheduler)
+        vars(untouched).pop("step", None)
+        begin = None
+        if hasattr(scheduler, "_init_step_index"):
+            if scheduler.step_index is None:
+                scheduler._init_step_index(timestep)
+            begin = scheduler.step_index
+        if begin is None:
+            begin = (scheduler.timesteps == timestep).nonzero()[0].item()
+        table, self._noisy, extras = probe(own, untouched, begin, arguments)
+        history = (table.shape[1] - 13) // 2
+        self._extra_is_history = history == 0 and len(extras) == 1
+        if self._extra_is_history:  # both in one launch
+            absent = table.new_zeros(len(table), 1)
+            table = torch.cat([table[:, :8], absent, extras.pop()[:, 4:8], absent, table[:, -1:]], 1)
+        self._table, self._extras, self._tables = table, extras, {}
+        self._past = [torch.zeros_like(sample, dtype=torch.float32) for _ in range(history)]
+        self._timesteps, self._index, self._arguments = scheduler.timesteps, 0, arguments
+        first = {name: value for name, value in arguments.items() if name in self._signature.parameters}
+        shown = own.step(untouched, torch.zeros(1, 4, 2, 2), scheduler.timesteps[begin], torch.zeros(1, 4, 2, 2), **first)
+        names = list(shown.keys()) if hasattr(shown, "keys") else []
+        self._result = lambda *outputs: type(shown)(**dict(zip(names, outputs, strict=True))) if names else outputs
 
 
 def _output_class(scheduler):

@@ -46,7 +46,7 @@ class Model(torch.nn.Module):
     defaults     its Training: how it is trained where the user says nothing else
     conditions   names of the keyword arguments of forward, sample and log_prob that a data set supplies, such as ("labels",)
     config_for   how it fits a data set
-    objectives   its losses and their parameters, where there are several
+    objectives   its losses and their parameters, where there are several; due: which of them is trained at a step
     forward(batch, *, key, **conditions) -> Output; key (2,), or (N, 2) for noise per sample that no batch size changes
     sample(n, *, key, batch_size, **conditions); key as sample_keys() takes it
     and where they make sense:
@@ -68,6 +68,16 @@ class Model(torch.nn.Module):
     def objectives(self):
         """{name: parameters}: one by default. With several, forward also takes objective=name and trains only its parameters."""
         return {"loss": [p for p in self.parameters() if p.requires_grad]}
+
+    def due(self, objective, step):
+        """Whether training step 0, 1, ... trains an objective: a GAN's critic may take several steps to one of its generator's, and a
+        model of two stages trains one after the other. In an epoch without the first objective there is no training "loss".
+        """
+        return True
+
+    def averaged(self):
+        """{name in state_dict: tensor}: what Training.ema averages; all parameters by default."""
+        return dict(self.named_parameters())
 
     def optimizer(self, parameters, training):
         """A torch optimizer for the parameters of one objective; the shared loop sets its learning rate at every step."""
@@ -118,6 +128,11 @@ class Model(torch.nn.Module):
         super().__init__()
         if not isinstance(config, self.Config):
             raise TypeError(f"{type(self).__name__}: config must be a {self.Config.__name__}, got {type(config).__name__}")
+        for field in dataclasses.fields(config):  # what counts something by default must count something
+            value = getattr(config, field.name)
+            counts = type(field.default) is int and field.default > 0
+            if counts and (type(value) is not int or value < 1):
+                raise ValueError(f"{type(self).__name__}: {field.name} must be a positive int, got {value!r}")
         self.config = config
 
     def save_pretrained(self, folder):

@@ -3,6 +3,7 @@
 import torch
 
 from genkern import ops
+from genkern.ops.autoregressive._causal_conv1d import dense, pack_dense, pays_dense
 
 
 class CausalConv1d(torch.nn.Conv1d):
@@ -44,21 +45,62 @@ class CausalConv1d(torch.nn.Conv1d):
     def step(self, input, state=None):
         """(output, state) for the next input (N, C), or inputs (N, C, T); state: that of the previous call, None at the start.
 
-        Without gradients the state of a depthwise layer is shifted in place.
+        Without gradients a state is used up by the step that takes it, and may hold the weights as they were at the start. In float32
+        on the CPU the output has the bits of forward(), for any T and any batch.
         """
         several = input if input.dim() == 3 else input[..., None]
-        if state is None:
-            past = (self.kernel_size[0] - 1) * self.dilation[0]
-            state = input.new_zeros(input.shape[0], self.in_channels, past)
-        if self.groups == self.in_channels == self.out_channels and not torch.is_grad_enabled():
-            output = ops.causal_conv1d_update(
-                several, state, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
-            )
+        quick = not torch.is_grad_enabled() and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
+        depthwise = self.groups == self.in_channels == self.out_channels
+        if quick and not depthwise and self.activation is None and pays_dense(self.weight, self.groups):
+            state = state if isinstance(state, DenseState) else DenseState(self, several, state)
+            output = state.step(several)
         else:
-            output, state = ops.causal_conv1d(
-                several, self.weight, self.bias, initial_state=state, return_final_state=True, **self._options()
-            )
+            if isinstance(state, DenseState):
+                state = state.past()
+            if state is None:
+                past = (self.kernel_size[0] - 1) * self.dilation[0]
+                state = input.new_zeros(input.shape[0], self.in_channels, past)
+            if depthwise and not torch.is_grad_enabled():
+                output = ops.causal_conv1d_update(
+                    several, state, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
+                )
+            else:
+                output, state = ops.causal_conv1d(
+                    several, self.weight, self.bias, initial_state=state, return_final_state=True, **self._options()
+                )
         return output if input.dim() == 3 else output[..., 0], state
 
     def _options(self):
         return {"dilation": self.dilation[0], "groups": self.groups, "activation": self.activation}
+
+
+class DenseState:
+    """The inputs of a dense CausalConv1d so far, and its weights as the kernel reads them.
+
+    The inputs stand one behind the other in a buffer (N, time, C), each a row; when it is full the last ones move to its beginning,
+    so that a step costs no copy of the past.
+    """
+
+    def __init__(self, layer, x, past=None):
+        self.size, self.at = (layer.kernel_size[0] - 1) * layer.dilation[0], 0
+        self.weight, self.bias, self.options = layer.weight.detach().contiguous(), layer.bias, (layer.dilation[0], layer.groups)
+        self.packed = pack_dense(self.weight, layer.groups)
+        self.buffer = x.new_zeros(x.shape[0], 2 * self.size + 64, x.shape[1]) if self.size else None
+        if past is not None and self.size:
+            self.buffer[:, : self.size] = past.transpose(1, 2)
+
+    def past(self):
+        return self.buffer[:, self.at : self.at + self.size].transpose(1, 2) if self.size else None
+
+    def step(self, x):
+        if self.size:
+            end = self.at + self.size + x.shape[2]
+            if end > self.buffer.shape[1]:
+                end -= self.at
+                room = self.buffer if end <= self.buffer.shape[1] else self.buffer.new_empty(len(x), end + self.size + 64, x.shape[1])
+                room[:, : self.size] = self.buffer[:, self.at : self.at + self.size].clone()
+                self.buffer, self.at = room, 0
+            self.buffer[:, self.at + self.size : end] = x.transpose(1, 2)
+            x = self.buffer[:, self.at : end].transpose(1, 2)
+            self.at = end - self.size
+        return dense(x, self.weight, self.bias, self.packed, *self.options)

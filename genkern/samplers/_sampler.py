@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from genkern import random
-from genkern.ops.diffusion._sampler_step import _sampler_step
-from genkern.ops.diffusion._sampler_step_moments import guidance_moments, rescale_weight
+from genkern.ops.diffusion._sampler_step import _dynamic_threshold, _sampler_step
+from genkern.ops.diffusion._sampler_step_moments import _guidance_moments
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one model evaluation is followed by, in coefficients of x, m, y, n, h1, h2 (missing ones are zero)."""
+    """What one model evaluation is followed by, in coefficients of x, m, y, n, h1, h2, h3 (missing ones are zero)."""
 
     t: float  # what the model is told
     scale: float  # of the model's input
@@ -21,9 +21,10 @@ class Row:
     level: tuple  # alpha and sigma of x
     sample: dict  # the next sample
     history: dict = field(default_factory=lambda: {"y": 1.0})  # the next history term
+    log_variance: tuple = (0.0, 0.0)  # the least and the largest, of a learned variance
 
 
-_TERMS = ("x", "m", "y", "n", "h1", "h2")
+_TERMS = ("x", "m", "y", "n", "h1", "h2", "h3")
 
 
 class Sampler:
@@ -33,22 +34,31 @@ class Sampler:
     steps       number of steps; None where the points are given below
     spacing, timesteps, sigmas, final, offset     which points of the schedule are visited: see Schedule.grid
     clip        None, or the bound of |x_0| (pixel models: 1.0)
+    threshold   None, or the quantile of |x_0| to which each sample is clipped and by which it is divided, where that exceeds 1
+                (dynamic thresholding; Saharia et al., 2022, section 2.3), at most threshold_max. Replaces clip
 
     The tables are float64 on the host; a step computes in float32 (float64 samples: float64).
     """
 
     history = 0  # history terms of a step
     exploding = False  # works on x_0 + sigma n
+    learned_variance = False  # the model returns twice the channels
     spare = 0  # points laid out beyond the last step
     kinds = ("preserving", "flow", "edm")
 
-    def __init__(self, schedule, steps=20, *, spacing="trailing", timesteps=None, sigmas=None, final="zero", offset=0, clip=None):
+    def __init__(
+        self, schedule, steps=20, *, spacing="trailing", timesteps=None, sigmas=None, final="zero", offset=0, clip=None,
+        threshold=None, threshold_max=1.0,
+    ):  # fmt: skip
         name = type(self).__name__
         if schedule.kind not in self.kinds:
             raise ValueError(f"{name}: serves schedules that are {' or '.join(self.kinds)}, got {schedule.kind}")
         if clip is not None and not clip > 0:
             raise ValueError(f"{name}: clip must be positive, got {clip}")
-        self.schedule, self.clip = schedule, clip
+        if threshold is not None and not (0 < threshold <= 1 and threshold_max >= 1):
+            raise ValueError(f"{name}: threshold must be in (0, 1], threshold_max at least 1, got {threshold} and {threshold_max}")
+        self.schedule, self.clip = schedule, None if threshold is not None else clip
+        self.threshold, self.threshold_max = threshold, float(threshold_max)
         self.grid = schedule.grid(
             steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final=final, offset=offset,
             spare=self.spare, exploding=self.exploding,
@@ -59,13 +69,14 @@ class Sampler:
         raise NotImplementedError
 
     def table(self, rows, guidance=None):
-        """float64 (evaluations, 13 + 2 history): the rows as ops.sampler_step reads them; guidance: one weight per row, or None."""
+        """float64 (evaluations, 13 + 2 history [+ 2]): rows as ops.sampler_step reads them; guidance: one weight per row, or None."""
         terms = _TERMS[: 4 + self.history]
         result = []
         for i, row in enumerate(rows):
             g = 1.0 if guidance is None else guidance[i]
             sample, history = ([row_of.get(term, 0.0) for term in terms] for row_of in (row.sample, row.history))
-            result.append([1 - g, g, *row.data, *sample, *history, rows[i + 1].scale if i + 1 < len(rows) else 1.0])
+            variance = row.log_variance if self.learned_variance else ()
+            result.append([1 - g, g, *row.data, *sample, *history, rows[i + 1].scale if i + 1 < len(rows) else 1.0, *variance])
         return torch.tensor(result, dtype=torch.float64)
 
     @torch.no_grad()
@@ -86,6 +97,8 @@ class Sampler:
         guidance_scale=None,
         guidance_interval=(0.0, 1.0),
         guidance_rescale=0.0,
+        guidance_parallel=1.0,
+        guidance_max_norm=None,
         device=None,
         dtype=torch.float32,
         model_dtype=None,
@@ -112,6 +125,8 @@ class Sampler:
         guidance_scale  None, or g of m = u + g (c - u) (classifier-free guidance): the model is called on a doubled batch
         guidance_interval   the part of the steps that is guided (Kynkaanniemi et al., 2024); outside g is 1
         guidance_rescale    the part by which m is brought to the deviation of c (Lin et al., 2023, eq. 15, 16), per sample
+        guidance_parallel, guidance_max_norm    adaptive projected guidance (Sadat et al., 2024, algorithm 1, without momentum):
+                        the part that is kept of c - u where it is parallel to c, and the largest norm of c - u
         dtype, model_dtype  of the state and of the model's inputs (default: the same)
         callback        called as callback(evaluation, t, x) after each step; x is overwritten by the next one
         progress        a progress bar; needs tqdm
@@ -157,9 +172,17 @@ class Sampler:
         model_dtype = model_dtype or dtype
         if (model_dtype == torch.float64) != (dtype == torch.float64):
             raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
-        clip = math.inf if self.clip is None else float(self.clip)
+        clip, learned = math.inf if self.clip is None else float(self.clip), self.learned_variance
         guided = guidance_scale is not None
+        adaptive = guided and (guidance_rescale != 0 or guidance_parallel != 1 or guidance_max_norm is not None)
+        if not 0 <= guidance_rescale <= 1 or not (guidance_max_norm is None or guidance_max_norm > 0):
+            got = f"{guidance_rescale} and {guidance_max_norm}"
+            raise ValueError(f"{name}.sample: guidance_rescale must be in [0, 1], guidance_max_norm positive, got {got}")
+        numbers = float(guidance_rescale), float(guidance_parallel), math.inf if guidance_max_norm is None else float(guidance_max_norm)
         doubled = (shape[0] * (1 + guided), *shape[1:])
+        if learned and len(shape) < 2:
+            raise ValueError(f"{name}.sample: a learned variance needs channels, got shape {tuple(shape)}")
+        expected = (doubled[0], 2 * shape[1], *shape[2:]) if learned else doubled
         conditions = self._conditions(conditions or {}, unconditional)
         weights = guided and [
             float(guidance_scale) if guidance_interval[0] <= i / len(rows) <= guidance_interval[1] else 1.0 for i in range(len(rows))
@@ -172,13 +195,12 @@ class Sampler:
         scaled = (x * rows[0].scale).to(model_dtype)
         model_input = torch.cat([scaled, scaled]) if guided else scaled
 
-        samples = torch.arange(shape[0], device=x.device)
         for i in _progress(range(len(rows)), progress, name):
             m = model(model_input, times[i], **conditions)
             m = m if isinstance(m, torch.Tensor) else m.sample
-            if m.shape != doubled or m.device != x.device:
+            if m.shape != expected or m.device != x.device:
                 got = f"{tuple(m.shape)} on {m.device}"
-                raise ValueError(f"{name}.sample: the model must return {tuple(doubled)} on {x.device}, got {got}")
+                raise ValueError(f"{name}.sample: the model must return {tuple(expected)} on {x.device}, got {got}")
             m = m if (m.dtype == torch.float64) == (dtype == torch.float64) else m.to(dtype)
             given = draw = None
             if noisy[i] and noise is None:
@@ -188,12 +210,13 @@ class Sampler:
                 if given.shape != shape:
                     raise ValueError(f"{name}.sample: noise must have shape {tuple(shape)}, got {tuple(given.shape)}")
             last = i + 1 == len(rows)
-            chosen, steps = table, None
-            if guided and guidance_rescale:
-                chosen, steps = self._rescaled(table[i], m, guidance_rescale), samples
-            # What ops.sampler_step would check holds by construction.
+            # What the ops would check holds by construction.
+            moments = _guidance_moments(m, learned) if adaptive else None
+            bound = None
+            if self.threshold is not None:
+                bound = _dynamic_threshold(x, m, table, None, i, moments, *numbers, self.threshold, self.threshold_max)
             _sampler_step(
-                x, m, chosen, steps, 0 if steps is not None else i, *(*history, None, None)[:2], given, draw, clip, x,
+                x, m, table, None, i, *(*history, None, None, None)[:3], given, draw, moments, bound, clip, *numbers, learned, x,
                 history[-1] if history else None, None if last else model_input,
             )  # fmt: skip
             history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one
@@ -215,14 +238,6 @@ class Sampler:
         # Without x_0 the noise takes its place: a variance of 1 in a preserving schedule, of sigma^2 in the others.
         level = grid.sigma[0] if self.schedule.kind != "preserving" else 1 / grid.scale[0]
         return noise.mul_(level)
-
-    @staticmethod
-    def _rescaled(row, m, rescale):
-        """The row of the table once per sample, with the guidance weights of that sample."""
-        weight = rescale_weight(guidance_moments(m), row[0], row[1], rescale, m.shape[1:].numel())
-        table = row.repeat(m.shape[0] // 2, 1)
-        table[:, :2] *= weight[:, None]
-        return table
 
     @staticmethod
     def _conditions(conditions, unconditional):

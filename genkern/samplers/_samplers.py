@@ -29,14 +29,15 @@ def _log_snr(alpha, sigma):
 class DDPM(Sampler):
     """Ancestral sampling, x' ~ N(posterior mean, variance) (Ho et al., 2020, eq. 6, 7), respaced (Nichol & Dhariwal, 2021, section 4).
 
-    variance    "small": the posterior's; "large": beta
+    variance    "small": the posterior's; "large": beta; "learned_range": the model returns twice the channels, the second
+                half the place between the two in the logarithm (Nichol & Dhariwal, 2021, eq. 15)
     """
 
     kinds = ("preserving",)
 
     def __init__(self, schedule, steps=1000, *, variance="small", **kwargs):
-        check_choice("DDPM", "variance", variance, ("small", "large"))
-        self.variance = variance
+        check_choice("DDPM", "variance", variance, ("small", "large", "learned_range"))
+        self.variance, self.learned_variance = variance, variance == "learned_range"
         super().__init__(schedule, steps, **kwargs)
 
     def rows(self, grid):
@@ -45,9 +46,10 @@ class DDPM(Sampler):
             ratio = (a / A) ** 2
             beta, posterior = 1 - ratio, (S / s) ** 2 * (1 - ratio)
             sample = {"y": A * beta / s**2, "x": math.sqrt(ratio) * (S / s) ** 2}
+            logs = math.log(max(posterior, 1e-20)), math.log(max(beta, 1e-20))
             if S > 0:
-                sample["n"] = math.sqrt(max(posterior if self.variance == "small" else beta, 1e-20))
-            result.append(Row(**arguments, sample=sample))
+                sample["n"] = 1.0 if self.variance == "learned_range" else math.exp(0.5 * logs[self.variance == "large"])
+            result.append(Row(**arguments, sample=sample, log_variance=logs))
         return result
 
 
@@ -229,7 +231,7 @@ class DPMSolverMultistep(Sampler):
 
 
 class UniPC(Sampler):
-    """UniPC, order 1 or 2, on x_0 (Zhao et al., 2023, algorithms 5 to 8).
+    """UniPC, order 1 to 3, on x_0 (Zhao et al., 2023, algorithms 5 to 8).
 
     The corrected sample is a combination of the predicted one and the same history, so that the corrector costs no state.
 
@@ -238,47 +240,56 @@ class UniPC(Sampler):
     """
 
     spare = 1
-    history = 2
 
     def __init__(self, schedule, steps=20, *, order=2, variant="bh2", lower_order_final=True, **kwargs):
-        check_choice("UniPC", "order", order, (1, 2))
+        check_choice("UniPC", "order", order, (1, 2, 3))
         check_choice("UniPC", "variant", variant, ("bh1", "bh2"))
         self.order, self.variant, self.lower_order_final = order, variant, lower_order_final
+        self.history = order
         super().__init__(schedule, steps, **kwargs)
 
     def rows(self, grid):
         logs = [_log_snr(a, s) for a, s in zip(grid.alpha, grid.sigma, strict=True)]
         result, order, n = [], 0, len(grid)
         for i, _, s, A, S, arguments in _points(grid):
-            current = {"x": 1.0}  # the corrected sample
+            current = {"x": 1.0, "y": 0.0, "h1": 0.0, "h2": 0.0, "h3": 0.0}  # the corrected sample
             if i:
-                gain, ratio, weights = self._system(logs, grid.alpha, i - 1, order)
-                current = {"x": 1.0, "y": gain * weights[-1], "h1": -gain * weights[-1]}
-                if order == 2:
-                    difference = gain * (weights[0] - 0.5) / ratio  # the predictor had 1/2
-                    current |= {"h2": difference, "h1": current["h1"] - difference}
+                gain, ratios, predictor, corrector = self._system(logs, grid.alpha, i - 1, order)
+                current["y"] += gain * corrector[-1]
+                current["h1"] -= gain * corrector[-1]
+                for j, ratio in enumerate(ratios):
+                    difference = gain * (corrector[j] - predictor[j]) / ratio
+                    current[f"h{j + 2}"] += difference
+                    current["h1"] -= difference
             order = min(self.order, i + 1)
-            if order == 2 and (S == 0 or (self.lower_order_final and i == n - 1) or not math.isfinite(logs[i - 1])):
+            if S == 0:
                 order = 1
+            elif self.lower_order_final:
+                order = min(order, n - i)
+            while order > 1 and not math.isfinite(logs[i - order + 1]):  # pure noise has no lambda
+                order -= 1
             sample = {term: S / s * c for term, c in current.items()}
-            sample["y"] = sample.get("y", 0.0) - A * math.expm1(logs[i] - logs[i + 1])
-            if order == 2:
-                gain, ratio, _ = self._system(logs, grid.alpha, i, order)
-                sample["h1"] = sample.get("h1", 0.0) + gain * 0.5 / ratio
-                sample["y"] -= gain * 0.5 / ratio
-            result.append(Row(**arguments, sample=sample))
+            sample["y"] -= A * math.expm1(logs[i] - logs[i + 1])
+            gain, ratios, predictor, _ = self._system(logs, grid.alpha, i, order)
+            for j, ratio in enumerate(ratios):
+                sample[f"h{j + 1}"] += gain * predictor[j] / ratio
+                sample["y"] -= gain * predictor[j] / ratio
+            result.append(Row(**arguments, sample={term: sample[term] for term in ("x", "y", "h1", "h2", "h3")[: 2 + self.history]}))
         return result
 
     def _system(self, logs, alpha, i, order):
-        """(-A B(h), r_1, the corrector's weights) of the step from i."""
+        """(-A B(h), the ratios r, the predictor's weights, the corrector's) of the step from i."""
         h = logs[i] - logs[i + 1]  # -h of the paper: for x_0
         if h == 0 or not math.isfinite(h):  # a step that goes nowhere, or comes from pure noise: nothing to correct
-            return 0.0, 1.0, np.zeros(order)
+            return 0.0, [], [], [0.0]
         scale = h if self.variant == "bh1" else math.expm1(h)
-        if order == 1:
-            return -alpha[i + 1] * scale, 1.0, np.array([0.5])
-        ratio = (logs[i - 1] - logs[i]) / -h
-        first = math.expm1(h) / h - 1
-        second = first / h - 0.5
-        weights = np.linalg.solve(np.array([[1.0, 1.0], [ratio, 1.0]]), np.array([first, 2 * second]) / scale)
-        return -alpha[i + 1] * scale, ratio, weights
+        ratios = [(logs[i - j] - logs[i]) / -h for j in range(1, order)]
+        powers = np.array([[r**k for r in (*ratios, 1.0)] for k in range(order)])
+        moments, phi, factorial = [], math.expm1(h) / h - 1, 1
+        for k in range(order):
+            moments.append(phi * factorial / scale)
+            factorial *= k + 2
+            phi = phi / h - 1 / factorial
+        corrector = [0.5] if order == 1 else np.linalg.solve(powers, moments)
+        predictor = [0.5] if order == 2 else np.linalg.solve(powers[:-1, :-1], moments[:-1])
+        return -alpha[i + 1] * scale, ratios, predictor, corrector

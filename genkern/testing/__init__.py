@@ -39,6 +39,7 @@ infinite or NaN, the backend must be too. Gradients likewise.
 from genkern.testing._autoregressive import assert_autoregressive
 from genkern.testing._case import LAYOUTS, Case, Make, all_cases
 from genkern.testing._check import backends, check, float32_noise, refuse_wide_types, verify
+from genkern.testing._launches import count_launches
 
 __all__ = [
     "LAYOUTS",
@@ -48,6 +49,7 @@ __all__ = [
     "assert_autoregressive",
     "backends",
     "check",
+    "count_launches",
     "float32_noise",
     "refuse_wide_types",
     "verify",

@@ -107,11 +107,30 @@ def test_moments_give_the_deviation():
     raw = 3.0 + torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     u, c = raw.chunk(2)
     sums = ops.guidance_moments(raw)
-    mean = sums[:, 1] / c[0].numel()
+    torch.testing.assert_close(sums[:, 1], (c - u).sum(dim=(1, 2, 3)))
+    mean = sums[:, 0] / c[0].numel()
     deviation = ((sums[:, 4] - c[0].numel() * mean**2) / (c[0].numel() - 1)).sqrt()
     torch.testing.assert_close(deviation, c.std(dim=(1, 2, 3)), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="guidance_moments: "):
         ops.guidance_moments(raw[:3])
+
+
+def test_thresholds_are_quantiles():
+    """By the leading bits or at once: the interpolated quantile of |a x + b m|, in [1, maximum]."""
+    generator = torch.Generator().manual_seed(0)
+    x, m = torch.randn(2, 3, 5, 700, generator=generator) * torch.tensor([0.3, 1.0, 4.0])[:, None, None]
+    table = torch.zeros(1, 13)
+    table[0, 2:4] = torch.tensor([0.6, -0.8])
+    size = (0.6 * x - 0.8 * m).flatten(1).abs()
+    for q in (0.0, 0.31, 0.5, 0.9, 0.995, 1.0):
+        expected = size.quantile(q, 1).clamp(1, 3.0)
+        for backend in ("reference", *backends(op="dynamic_threshold")):
+            with genkern.backend(backend):
+                got = ops.dynamic_threshold(x, m, table, 0, quantile=q, maximum=3.0)
+                torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+                assert ops.dynamic_threshold(x * torch.nan, m, table, 0).shape == (3,)
+    with pytest.raises(ValueError, match="dynamic_threshold: "):
+        ops.dynamic_threshold(x, m, table, 0, quantile=1.5)
 
 
 def test_refusals():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import genkern
-from genkern.ops import affine_coupling
+from genkern.ops import additive_coupling, affine_coupling
 from genkern.ops.flow._affine_coupling import SCALES
 from genkern.testing import Make, backends
 
@@ -83,10 +83,25 @@ def test_log_sigmoid_does_not_underflow(backend):
         ({"layout": "rows"}, ValueError, "layout must be one of"),
         ({"limit": 2.0}, ValueError, "limit must be positive"),
         ({"mask": torch.ones(4)}, TypeError, "mask must be a boolean tensor"),
-        ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, "with a mask params must hold"),
+        ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, "with a mask all 4 channels"),
         ({"log_det": torch.zeros(3)}, ValueError, "log_det must have shape"),
     ],
 )
 def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         affine_coupling(**({"x": torch.zeros(2, 4), "params": torch.zeros(2, 4)} | changes))
+
+
+def test_additive_coupling():
+    x, params, mask = arguments()
+    shift = params[:, :2]
+    y = additive_coupling(x, shift)
+    assert torch.equal(y[:, :2], x[:, :2]) and torch.equal(y[:, 2:], x[:, 2:] + shift)
+    torch.testing.assert_close(additive_coupling(y, shift, inverse=True), x)
+    x, params, mask = arguments(masked=True, dtype=torch.float32, params_dtype=torch.bfloat16)
+    y = additive_coupling(x, params[:, :4], mask=mask)
+    assert y.dtype == torch.float32 and torch.equal(y, torch.where(mask, x + params[:, :4].float(), x))
+    with pytest.raises(ValueError, match="shift must have shape"):
+        additive_coupling(x, params)
+    with pytest.raises(TypeError, match="mask must be a boolean tensor"):
+        additive_coupling(x, params[:, :4], mask=mask.float())

@@ -21,6 +21,7 @@ CASES = [
     ("EulerAncestralDiscrete", LATENT, {}),
     ("UniPCMultistep", LATENT, {}),
     ("UniPCMultistep", dict(solver_type="bh1", final_sigmas_type="sigma_min", use_karras_sigmas=True, **LATENT), {}),
+    ("UniPCMultistep", dict(solver_order=3, **LATENT), {}),
     ("UniPCMultistep", dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0), {}),
     ("DPMSolverMultistep", LATENT, {}),
     ("DPMSolverMultistep", dict(solver_order=3, use_karras_sigmas=True, **LATENT), {}),
@@ -70,20 +71,119 @@ def test_copies_and_undoing():
     assert unfuse_scheduler(scheduler).step.__func__ is type(scheduler).step
 
 
-def test_refusals():
-    for error, name, config in [
-        (TypeError, "LCM", {}),
-        (ValueError, "DDPM", dict(thresholding=True)),
-        (ValueError, "DDPM", dict(variance_type="learned_range")),
-        (ValueError, "UniPCMultistep", dict(solver_order=3)),
-        (ValueError, "DPMSolverMultistep", dict(algorithm_type="dpmsolver", final_sigmas_type="sigma_min")),
+PROBED = [
+    ("PNDM", dict(skip_prk_steps=True, steps_offset=1, **LATENT), 2),
+    ("HeunDiscrete", LATENT, 2),
+    ("DPMSolverMultistep", dict(algorithm_type="dpmsolver", final_sigmas_type="sigma_min", **LATENT), 1),
+    ("DEISMultistep", dict(solver_order=3, **LATENT), 1),
+    ("LCM", dict(clip_sample=False, **LATENT), 1),
+    ("FlowMatchEulerDiscrete", dict(shift=3.0, stochastic_sampling=True), 1),
+]
+
+
+@pytest.mark.parametrize("name, config, launches", PROBED, ids=[c[0] for c in PROBED])
+def test_any_linear_scheduler(name, config, launches):
+    original, scheduler = make(name, config), fuse_scheduler(make(name, config))
+    for steps, begin in ((12, 0), (10, 4), (12, 0)):
+        results = []
+        for s in (original, scheduler):
+            s.set_timesteps(steps)
+            if begin and hasattr(s, "set_begin_index"):
+                s.set_begin_index(begin)
+            generator, draws = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+            outputs = torch.randn(2 * steps, 2, 4, 8, 8, generator=generator)
+            x = torch.randn(2, 4, 8, 8, generator=generator)
+            more = {} if name in ("PNDM", "HeunDiscrete", "DEISMultistep") else {"generator": draws}
+            for m, t in zip(outputs, s.timesteps[begin:], strict=False):
+                if hasattr(s, "scale_model_input"):
+                    s.scale_model_input(x, t)
+                last, as_tuple = (
+                    (s.step(m, t, x, **more), None) if t == s.timesteps[-1] else (None, s.step(m, t, x, **more, return_dict=False))
+                )
+                x = last.prev_sample if last is not None else as_tuple[0]
+            results.append(last)
+        expected, got = results
+        assert type(got) is type(expected)
+        for field, value in expected.items():
+            assert (got[field] - value).abs().max() <= 5e-6 * max(1.0, value.abs().max()), field
+
+
+class Damped(diffusers.DDIMScheduler):
+    """A user's own."""
+
+    def step(self, *args, **kwargs):
+        result = super().step(*args, **kwargs)
+        return (result[0] * 0.9, *result[1:]) if isinstance(result, tuple) else result
+
+
+class Saturated(diffusers.DDIMScheduler):
+    def step(self, *args, **kwargs):
+        return (super().step(*args, **{**kwargs, "return_dict": False})[0].tanh(),)
+
+
+def test_a_subclass_of_the_user():
+    config = dict(clip_sample=False, **LATENT)
+    original, scheduler = Damped(**config), fuse_scheduler(Damped)(**config)
+    assert type(scheduler).__name__ == "Damped" and isinstance(scheduler, Damped)
+    for s in (original, scheduler):
+        s.set_timesteps(8)
+    x, m = torch.randn(2, 2, 4, 8, 8)
+    y = x
+    for t in original.timesteps:
+        x, y = original.step(m, t, x, return_dict=False)[0], scheduler.step(m, t, y, return_dict=False)[0]
+    torch.testing.assert_close(y, x, rtol=5e-6, atol=5e-6)
+
+
+def test_classes_under_their_own_names(tmp_path):
+    from genkern.integrations import diffusers as fused
+
+    scheduler = fused.DPMSolverMultistepScheduler(**LATENT)
+    assert type(scheduler).__name__ == "DPMSolverMultistepScheduler" and type(scheduler).__module__.startswith("diffusers.")
+    scheduler.save_pretrained(tmp_path)
+    plain = diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+    assert type(plain) is diffusers.DPMSolverMultistepScheduler and plain.to_json_string() == scheduler.to_json_string()
+    other = fused.UniPCMultistepScheduler.from_config(scheduler.config)
+    assert other.compatibles == diffusers.UniPCMultistepScheduler.from_config(scheduler.config).compatibles
+    again = fused.DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+    for s in (scheduler, again, copy.deepcopy(again)):
+        torch.testing.assert_close(run(s, 8).prev_sample, run(plain, 8).prev_sample, rtol=5e-6, atol=5e-6)
+    assert not hasattr(fused, "NoScheduler")
+
+
+def test_clipping_and_thresholding():
+    for name, config in [
+        ("DDIM", dict(thresholding=True, sample_max_value=1.5, **LATENT)),
+        ("DDPM", dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=2.0)),
+        ("DPMSolverMultistep", dict(thresholding=True, sample_max_value=1.5, **LATENT)),
+        ("UniPCMultistep", dict(thresholding=True, sample_max_value=1.5, **LATENT)),
     ]:
-        with pytest.raises(error, match="fuse_scheduler: "):
-            fuse_scheduler(make(name, config))
-    with pytest.raises(RuntimeError, match="not reproduced"):
+        expected, got = run(make(name, config), 10), run(fuse_scheduler(make(name, config)), 10)
+        for field, value in expected.items():
+            assert (got[field] - value).abs().max() <= 5e-6 * max(1.0, value.abs().max()), field
 
-        class DDIMScheduler(diffusers.DDIMScheduler):
-            def step(self, *args, **kwargs):
-                return (super().step(*args, **kwargs)[0] * 1.1,)
 
-        fuse_scheduler(DDIMScheduler())
+def test_learned_range():
+    original, scheduler = (make("DDPM", dict(variance_type="learned_range")) for _ in range(2))
+    fuse_scheduler(scheduler)
+    results = []
+    for s in (original, scheduler):
+        s.set_timesteps(10)
+        generator, draws, x = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2), torch.ones(2, 3, 8, 8)
+        for t in s.timesteps:
+            x = s.step(torch.randn(2, 6, 8, 8, generator=generator).clamp(-1, 1), t, x, generator=draws).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=5e-6, atol=5e-6)
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="fuse_scheduler: "):
+        fuse_scheduler(torch.nn.Identity())
+    for scheduler, cause in [
+        (make("LCM", dict(clip_sample=True)), "clip_sample"),
+        (make("DEISMultistep", dict(thresholding=True)), "thresholding"),
+        (Saturated(clip_sample=False), "not linear"),
+        (make("PNDM", {}), "history"),
+        (make("DDPM", dict(variance_type="learned")), "learned"),
+    ]:
+        with pytest.raises(ValueError, match=f"fuse_scheduler: {type(scheduler).__name__} .*{cause}"):
+            fuse_scheduler(scheduler)

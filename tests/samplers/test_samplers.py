@@ -90,6 +90,7 @@ SMOOTH = dict(sigmas="exponential", final="first")  # ends where the noise is sm
         (functools.partial(UniPC, order=1, **SMOOTH), PRESERVING, 2),
         (functools.partial(UniPC, order=2, **SMOOTH), PRESERVING, 3),
         (functools.partial(UniPC, order=2, variant="bh1", **SMOOTH), PRESERVING, 3),
+        (functools.partial(UniPC, order=3, **SMOOTH), PRESERVING, 4),
     ],
 )
 def test_order_of_convergence(make, schedule, order):
@@ -242,6 +243,27 @@ def test_guidance_rescale():
     sampler = DPMSolverMultistep(PRESERVING, 5)
     got = sampler.sample(net, start=start, conditions={"context": contexts}, guidance_scale=5.0, guidance_rescale=0.7)
     torch.testing.assert_close(got, sampler.sample(rescaled, start=start), rtol=1e-4, atol=1e-4)
+
+
+def test_projected_guidance():
+    """Sadat et al., 2024, algorithm 1 without momentum, and rescaled."""
+    torch.manual_seed(0)
+    net, contexts, start = Net(), torch.randn(6, 4), torch.randn(3, 4)
+
+    def projected(x, t):
+        u, c = net(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        d = c - u
+        d = d * (1.5 / d.norm(dim=1, keepdim=True)).clamp(max=1)
+        along = (d * c).sum(1, keepdim=True) / (c * c).sum(1, keepdim=True) * c
+        m = c + 4.0 * (d - along + 0.3 * along)
+        return m * (0.2 * c.std(1, keepdim=True) / m.std(1, keepdim=True) + 0.8)
+
+    sampler = DPMSolverMultistep(PRESERVING, 5)
+    got = sampler.sample(
+        net, start=start, conditions={"context": contexts}, guidance_scale=5.0, guidance_rescale=0.2, guidance_parallel=0.3,
+        guidance_max_norm=1.5,
+    )  # fmt: skip
+    torch.testing.assert_close(got, sampler.sample(projected, start=start), rtol=1e-4, atol=1e-4)
 
 
 def test_keys_per_sample_do_not_depend_on_the_batch():

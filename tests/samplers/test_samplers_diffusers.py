@@ -60,6 +60,23 @@ CASES = [  # scheduler, configuration, arguments of set_timesteps and step; sche
         "UniPCMultistep", dict(solver_type="bh1", final_sigmas_type="sigma_min", **LATENT), {}, {}, preserving, "UniPC",
         dict(variant="bh1", final="first", spacing="linspace"),
     ),
+    ("UniPCMultistep", dict(solver_order=3, **LATENT), {}, {}, preserving, "UniPC", dict(order=3, spacing="linspace")),
+    (
+        "UniPCMultistep", dict(solver_order=3, solver_type="bh1", final_sigmas_type="sigma_min", **LATENT), {}, {}, preserving, "UniPC",
+        dict(order=3, variant="bh1", final="first", spacing="linspace"),
+    ),
+    (
+        "DDPM", dict(thresholding=True, sample_max_value=1.5, timestep_spacing="trailing"), {}, {}, preserving, "DDPM",
+        dict(threshold=0.995, threshold_max=1.5),
+    ),
+    (
+        "DPMSolverMultistep", dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=3.0, **LATENT), {}, {},
+        preserving, "DPMSolverMultistep", dict(threshold=0.9, threshold_max=3.0, spacing="linspace"),
+    ),
+    (
+        "DDPM", dict(variance_type="learned_range"), {}, {}, preserving, "DDPM",
+        dict(variance="learned_range", clip=1.0, spacing="leading"),
+    ),
     ("LCM", dict(clip_sample=False, **LATENT), {}, {}, preserving, "LCM", {}),
     ("FlowMatchEulerDiscrete", dict(shift=3.0), dict(sigmas=list(np.linspace(1, 1 / STEPS, STEPS))), {}, flow, "FlowMatchEuler", {}),
     (
@@ -77,7 +94,9 @@ def test_equals_diffusers(case, monkeypatch):
     scheduler = getattr(diffusers, name + "Scheduler")(**config)
     scheduler.set_timesteps(**points or dict(num_inference_steps=STEPS))
     generator = torch.Generator().manual_seed(0)
-    outputs, noises = torch.randn(2, 2 * STEPS, *SHAPE, generator=generator)
+    channels = SHAPE[1] * (2 if config.get("variance_type") == "learned_range" else 1)
+    outputs = torch.randn(2 * STEPS, SHAPE[0], channels, *SHAPE[2:], generator=generator)
+    noises = torch.randn(2 * STEPS, *SHAPE, generator=generator)
     start = torch.randn(SHAPE, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     now = 0
     module = sys.modules[type(scheduler).__module__]

@@ -179,7 +179,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
 
 
 def test_evaluate_counts_every_input_once():
-    model, x = ToyImages(ToyImages.Config()), images(10)
+    model, x = ToyImages(ToyImages.Config(classes=10)), images(10)
     labels = torch.arange(10)
     whole = model.evaluate(x, labels, key=genkern.random.key(0), likelihood=True)
     parts = model.evaluate(x, labels, key=genkern.random.key(0), batch_size=3, likelihood=True)

@@ -73,7 +73,7 @@ class ToyAdversary(ToyDenoiser):
 class ToyImagesConfig:
     size: int = 8
     levels: int = 16
-    classes: int = 10
+    classes: int = 0
     scale: float = 0.5
 
 

@@ -73,12 +73,34 @@ class Tokens:
             result.append(new)
         return torch.cat(result, 1)
 
-    def sample(self, n, *, length=64, key=None, generator=None, batch_size=256, **filters):
-        """n sequences of `length` tokens from the start symbol on: int64 (n, length), each with a key of its own."""
-        keys = self.sample_keys(n, key, generator)
-        empty = keys.new_empty(n, 0)
-        batches = zip(empty.split(batch_size), keys.split(batch_size), strict=True)
-        return torch.cat([self.generate(start, length, key=k, **filters) for start, k in batches])
+    def sample(
+        self,
+        n,
+        *,
+        length=64,
+        prompt: str | None = None,
+        temperature=1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        order="joint",
+        key=None,
+        generator=None,
+        batch_size=256,
+    ):
+        """n sequences of `length` tokens from the start symbol on: int64 (n, length), each with a key of its own.
+
+        prompt: a text, of a model of bytes, with which all of them begin; it counts towards their length.
+        """
+        keys, filters = self.sample_keys(n, key, generator), {"top_k": top_k, "top_p": top_p, "min_p": min_p, "order": order}
+        known = keys.new_tensor(list((prompt or "").encode()), dtype=torch.int64)
+        if len(known) > length:
+            raise ValueError(f"{type(self).__name__}: the prompt has {len(known)} tokens, more than length = {length}")
+        parts = [
+            self.generate(known.expand(len(k), -1), length - len(known), temperature=temperature, key=k, **filters)
+            for k in keys.split(batch_size)
+        ]
+        return torch.cat(parts)
 
     def _check_length(self, length):
         pass

@@ -11,8 +11,8 @@ from genkern.models.autoregressive._tokens import Tokens, check_text
 @dataclass
 class CharLSTMConfig:
     vocabulary: int = 256
-    width: int = 128
-    layers: int = 2
+    width: int = 256
+    layers: int = 1
     dropout: float = 0.0
 
 
@@ -20,7 +20,7 @@ class CharLSTM(Tokens, Model):
     """CharLSTM(CharLSTMConfig()): embedding, torch.nn.LSTM, linear; sequences (N, T) of any length, figures in nats."""
 
     Config = CharLSTMConfig
-    defaults = Training(learning_rate=2e-3, clip_grad_norm=5.0)
+    defaults = Training(epochs=10, batch_size=32, learning_rate=4e-3, schedule="cosine", clip_grad_norm=5.0)
 
     @classmethod
     def config_for(cls, data, **settings):

@@ -1,22 +1,20 @@
 """DDPM: denoising diffusion (Ho et al., 2020) with the choices that are usual today, and classifier-free guidance.
 
-Data x0 in [-1, 1] is noised, x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, and a UNet learns to predict eps, x0 or v from x_t and t.
-A sample starts from noise and goes back through the times. In training a label is dropped now and then, so one network knows the
-scores with and without it, and guidance_scale w steers by without + w (with - without) (Ho & Salimans, 2021).
+Data x0 in [-1, 1] is noised, x_t = alpha_t x0 + sigma_t eps, and a UNet learns to predict eps, x0, v or the flow from x_t and t; in a
+preserving schedule alpha_t^2 = abar_t and sigma_t^2 = 1 - abar_t. A sample starts from noise and goes back through the times by any
+sampler of genkern.samplers. In training the condition is dropped now and then, so one network knows the scores with and without it,
+and guidance_scale w steers by without + w (with - without) (Ho & Salimans, 2021).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from genkern import random
+from genkern import random, samplers
 from genkern.models._base import Model, Output, Training, ink
+from genkern.models.diffusion._process import process
 from genkern.models.diffusion.unet import GROUPS, UNet
 from genkern.ops import denoising_loss, q_sample
-
-SCHEDULES = ("cosine", "linear")
-TARGETS = ("eps", "x0", "v")
 
 
 @dataclass
@@ -25,149 +23,203 @@ class DDPMConfig:
     size: int = 8  # height and width, a multiple of 2^(resolutions - 1)
     levels: int = 255  # uint8 images hold 0..levels
     classes: int = 0  # 0: labels are not used
+    tokens: int = 0  # 0: a label is one class; else a sequence of up to so many, attended to
     width: int = 32  # channels at full resolution, a multiple of 8; twice as many at every halving
     resolutions: int = 2
     blocks: int = 1  # residual blocks at each resolution
     heads: int = 4
     timesteps: int = 1000
-    noise_schedule: str = "cosine"  # Nichol & Dhariwal (2021); or "linear": the betas of Ho et al. (2020)
-    target: str = "v"  # what the network predicts: "eps", "x0" or "v" (genkern.ops.q_sample)
-    weighting: str | None = None  # of the loss (genkern.ops.denoising_loss)
+    noise_schedule: str = "cosine"  # or "linear", "scaled_linear", "sigmoid", "flow", "edm" (genkern.samplers.Schedule)
+    target: str | None = None  # what the network predicts: "v" (default), "eps", "x0"; "flow", "edm" with these schedules
+    weighting: str | None = None  # of the loss (genkern.ops.denoising_loss): "min_snr", "p2", "edm"
     label_dropout: float = 0.1
 
 
 class DDPM(Model):
-    """DDPM(DDPMConfig(levels=16, classes=10)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]."""
+    """DDPM(DDPMConfig(levels=16, classes=10)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1].
+
+    labels: int64 (N,), classes 0..classes - 1; or where config.tokens > 0 sequences (N, L) of these, padded by `classes`.
+    """
 
     Config = DDPMConfig
     defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=1.0, ema=0.995)
     conditions = ("labels",)
+    sigma_data = 0.5  # deviation of what is diffused, for noise_schedule="edm"
 
     @classmethod
     def config_for(cls, data, **settings):
         channels, size = data.shape[0], data.shape[-1]
-        fitted = {"channels": channels, "size": size, "levels": data.levels or 255, "classes": data.classes}
+        labels = getattr(data, "train", (None, None))[1]
+        tokens = labels.shape[1] if labels is not None and labels.dim() == 2 else 0
+        fitted = {"channels": channels, "size": size, "levels": data.levels or 255, "classes": data.classes, "tokens": tokens}
         return cls.Config(**fitted | settings)
 
     def __init__(self, config):
         super().__init__(config)
-        c = config
-        if c.size < 1 or c.resolutions < 1 or c.size % (1 << (c.resolutions - 1)):
-            raise ValueError(f"DDPM: size must be a multiple of {1 << max(0, c.resolutions - 1)}, got {c.size}")
+        name, c = type(self).__name__, config
         if not 1 <= c.levels <= 255:
-            raise ValueError(f"DDPM: levels must be in 1..255, got {c.levels}")
+            raise ValueError(f"{name}: levels must be in 1..255, got {c.levels}")
         if c.width < GROUPS or c.width % GROUPS or c.width % c.heads:
-            raise ValueError(f"DDPM: width must be a multiple of {GROUPS} and of heads, got {c.width}")
-        for name, value, known in (("noise_schedule", c.noise_schedule, SCHEDULES), ("target", c.target, TARGETS)):
-            if value not in known:
-                raise ValueError(f"DDPM: {name} must be one of {', '.join(known)}, got {value!r}")
-        self.unet = UNet(c.channels, c.width, c.resolutions, c.blocks, c.classes, c.heads)
-        table = torch.tensor(alphas_cumprod(c.noise_schedule, c.timesteps), dtype=torch.float32)
-        self.register_buffer("alphas_cumprod", table, persistent=False)
+            raise ValueError(f"{name}: width must be a multiple of {GROUPS} and of heads, got {c.width}")
+        if c.tokens and not c.classes:
+            raise ValueError(f"{name}: tokens need classes, the size of their vocabulary, got 0")
+        channels, side, _ = self._diffused_shape()
+        step = c.size // side << (c.resolutions - 1) if side and c.resolutions > 0 else 1  # the UNet halves `side` so often
+        if c.resolutions < 1 or side < 1 or c.size % step:
+            raise ValueError(f"{name}: size must be a multiple of {step}, and resolutions positive, got {c.size} and {c.resolutions}")
+        if not c.classes:
+            self.conditions = ()
+        try:
+            self.process = process(c.noise_schedule, c.target, c.timesteps, self.sigma_data)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        self.unet = UNet(channels, c.width, c.resolutions, c.blocks, c.classes, c.heads, c.tokens)
+        for table in ("alphas", "sigmas", "times"):
+            self.register_buffer(table, torch.tensor(getattr(self.process, table), dtype=torch.float32), persistent=False)
 
     def forward(self, batch, *, labels=None, key=None, generator=None):
         """.loss: the weighted squared error, the mean over the batch and the pixels. key (2,) or (N, 2)."""
-        c, x0 = self.config, 2 * self._ink(batch) - 1
-        n, device = len(x0), x0.device
-        key = random.draw_key(generator, device) if key is None else key
+        x0 = self._images(batch)
+        return Output(self._denoising_loss(x0, labels, random.draw_key(generator, x0.device) if key is None else key), {})
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n,
+        *,
+        labels=None,
+        key=None,
+        generator=None,
+        batch_size=256,
+        sampler: str = "dpmpp_2m",
+        steps: int = 20,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        eta: float | None = None,
+        sigmas: str | None = None,
+        spacing: str = "trailing",
+    ):
+        """n images: uint8 in 0..levels.
+
+        labels          (n,), or (n, L) tokens; one label for all; None: of no class
+        sampler, steps  one of genkern.samplers.SAMPLERS, and its number of steps
+        guidance_scale  1: none; above: more of the label, less variety. guidance_rescale: as in Sampler.sample
+        eta             fresh noise of "ddim" and "euler_a"
+        sigmas, spacing which points of the schedule are visited (Schedule.grid)
+
+        Each image has its own key, so image i depends on (key, i), not on n or batch_size (up to the rounding of sums).
+        """
+        options = {"eta": eta, "sigmas": sigmas, "spacing": spacing}
+        chain = self._sampler(sampler, steps, options)
+        result = self._denoise(n, labels, key, generator, batch_size, chain, guidance_scale, guidance_rescale)
+        return self._levels(result)
+
+    @torch.no_grad()
+    def denoising(self, n, *, columns=9, labels=None, key=None, generator=None, sampler="dpmpp_2m", steps=20, guidance_scale=1.0,
+                  guidance_rescale=0.0, eta=None, sigmas=None, spacing="trailing"):  # fmt: skip
+        """The way from noise to image, uint8 (n, columns, C, H, W): column 0 is noise, the last one what sample() returns."""
+        chain = self._sampler(sampler, steps, {"eta": eta, "sigmas": sigmas, "spacing": spacing})
+        seen = []
+        result = self._denoise(n, labels, key, generator, max(n, 1), chain, guidance_scale, guidance_rescale, seen)
+        states = [*seen, result]
+        chosen = [states[round(i * (len(states) - 1) / max(columns - 1, 1))] for i in range(columns)]
+        return torch.stack([self._levels(x) for x in chosen], 1)
+
+    def labels_in_turn(self, n):
+        """Labels of n images that show all classes, for pictures; None for a model without."""
+        c, device = self.config, self.alphas.device
+        if not c.classes:
+            return None
+        labels = (torch.arange(n, device=device)[:, None] + torch.arange(max(c.tokens, 1), device=device)) % c.classes
+        return labels if c.tokens else labels[:, 0]
+
+    # ---- what LatentDiffusion changes
+
+    def _diffused_shape(self):
+        """(C, H, W) of what is diffused."""
+        return self.config.channels, self.config.size, self.config.size
+
+    def _clip(self):
+        """The bound of |x0|, which samplers keep."""
+        return 1.0
+
+    def _levels(self, x):
+        """Of what is diffused, uint8 images."""
+        return ((x.clamp(-1, 1) + 1) / 2 * self.config.levels).round().to(torch.uint8)
+
+    # ---- pieces
+
+    def _denoising_loss(self, x0, labels, key):
+        c, p, n, device = self.config, self.process, len(x0), x0.device
         for_time, for_noise, for_labels = random.split(key, 3).unbind(-2)
         timesteps = (random.uniform(for_time, (n, 1), device=device)[:, 0] * c.timesteps).long()
         labels = self._labels(labels, n, device)
         if c.classes:
             dropped = random.uniform(for_labels, (n, 1), device=device)[:, 0] < c.label_dropout
-            labels = labels.masked_fill(dropped, c.classes)
-        x_t, _ = q_sample(x0, timesteps, self.alphas_cumprod, key=for_noise, target=c.target)
-        prediction = self.unet(x_t, timesteps, labels)
-        loss = denoising_loss(
-            prediction, x0, timesteps, self.alphas_cumprod, key=for_noise, target=c.target, weighting=c.weighting
-        ).mean()
-        return Output(loss, {})
+            labels = labels.masked_fill(dropped if labels.dim() == 1 else dropped[:, None], c.classes)
+        x0, table = x0 * p.scale if p.scale != 1 else x0, (self.alphas, self.sigmas)
+        x_t, _ = q_sample(x0, timesteps, table, key=for_noise, target=p.target)
+        prediction = p.sign * self._network(x_t, self.times[timesteps], labels)
+        return denoising_loss(prediction, x0, timesteps, table, key=for_noise, target=p.target, weighting=c.weighting).mean()
 
-    @torch.no_grad()
-    def sample(self, n, *, labels=None, key=None, generator=None, steps=50, eta=0.0, guidance_scale=1.0, batch_size=256):
-        """n images: uint8 in 0..levels.
+    def _network(self, x, t, labels=None):
+        """The UNet's prediction. Its embedding of the time is made for 0..1000; ln(sigma) / 4 of "edm" is stretched."""
+        return self.unet(x, t * 250 if self.process.schedule.kind == "edm" else t, labels)
 
-        labels          (n,) or one int for all; None: of no class
-        steps, eta      number of times visited; eta 0: DDIM (Song et al., 2021), 1: ancestral sampling
-        guidance_scale  1: none; above: more of the label, less variety
+    def _sampler(self, name, steps, options):
+        return samplers.by_name(name, self.process.schedule, steps, clip=self._clip(), **options)
 
-        Each image has its own key, so image i depends on (key, i), not on n or batch_size (up to the rounding of sums).
-        """
-        c, device = self.config, self.alphas_cumprod.device
-        if not 1 <= steps <= c.timesteps:
-            raise ValueError(f"DDPM: steps must be in 1..{c.timesteps}, got {steps}")
+    def _denoise(self, n, labels, key, generator, batch_size, chain, guidance_scale, guidance_rescale, seen=None):
+        """n samples of what is diffused. seen: a list that gets what the network sees at each evaluation."""
+        c, keys, shape = self.config, self.sample_keys(n, key, generator), self._diffused_shape()
         if guidance_scale != 1 and not c.classes:
-            raise ValueError("DDPM: guidance_scale needs a model with classes")
-        keys = random.split(random.draw_key(generator, device) if key is None else key, n).to(device)
-        labels = self._labels(labels, n, device)
-        x = torch.empty(n, c.channels, c.size, c.size, device=device)
+            raise ValueError(f"{type(self).__name__}: guidance_scale needs a model with classes")
+        labels = self._labels(labels, n, keys.device)
+        result = torch.empty(n, *shape, device=keys.device)
+
+        def network(x, t, **conditions):
+            if seen is not None:
+                seen.append(x[-n:].clone())
+            return self._network(x, t, **conditions)
+
         for start in range(0, n, batch_size):
-            part = slice(start, start + batch_size)
-            x[part] = self._denoise(keys[part], labels if labels is None else labels[part], steps, eta, guidance_scale)
-        return ((x + 1) / 2 * c.levels).round().clamp(0, c.levels).to(torch.uint8)
-
-    def predict(self, x, t, labels, guidance_scale):
-        """The network's prediction at the timestep t, an int, guided where guidance_scale is not 1."""
-        timesteps = torch.full((len(x),), t, device=x.device)
-        if guidance_scale == 1:
-            return self.unet(x, timesteps, labels)
-        both = torch.cat([torch.full_like(labels, self.config.classes), labels])
-        without, with_label = self.unet(torch.cat([x, x]), timesteps.repeat(2), both).chunk(2)
-        return torch.lerp(without, with_label, guidance_scale)
-
-    def _denoise(self, keys, labels, steps, eta, guidance_scale):
-        c, table = self.config, alphas_cumprod(self.config.noise_schedule, self.config.timesteps)
-        shape = (len(keys), c.channels, c.size, c.size)
-        times = [round((c.timesteps - 1) * (1 - i / steps)) for i in range(steps)]
-        x = random.normal(random.fold_in(keys, 0), shape, device=keys.device)
-        for i, t in enumerate(times):
-            now, following = table[t], table[times[i + 1]] if i + 1 < steps else 1.0
-            alpha, sigma = math.sqrt(now), math.sqrt(1 - now)
-            prediction = self.predict(x, t, labels, guidance_scale)
-            x0 = {
-                "eps": lambda p, x=x, a=alpha, s=sigma: (x - s * p) / a,
-                "x0": lambda p: p,
-                "v": lambda p, x=x, a=alpha, s=sigma: a * x - s * p,
-            }[c.target](prediction).clamp(-1, 1)
-            eps = (x - alpha * x0) / sigma
-            fresh = eta * math.sqrt((1 - following) / (1 - now) * (1 - now / following))
-            x = math.sqrt(following) * x0 + math.sqrt(max(0.0, 1 - following - fresh**2)) * eps
-            if fresh:
-                x = x + fresh * random.normal(random.fold_in(keys, i + 1), shape, device=keys.device)
-        return x
+            k = keys[start : start + batch_size]
+            conditions = {"labels": labels[start : start + batch_size]} if c.classes else {}
+            guidance = {}
+            if guidance_scale != 1:
+                without = torch.full_like(conditions["labels"], c.classes)
+                guidance = {
+                    "guidance_scale": guidance_scale,
+                    "guidance_rescale": guidance_rescale,
+                    "unconditional": {"labels": without},
+                }
+            result[start : start + len(k)] = chain.sample(
+                network, (len(k), *shape), key=k, device=k.device, conditions=conditions, **guidance
+            )
+        return result
 
     def _labels(self, labels, n, device):
-        """int64 (n,), the number of classes standing for no label; None for a model without classes."""
-        classes = self.config.classes
+        """int64 (n,) or (n, L), the number of classes standing for no label and for padding; None for a model without classes."""
+        name, classes, several = type(self).__name__, self.config.classes, self.config.tokens > 0
         if not classes:
             return None
         if labels is None:
-            return torch.full((n,), classes, device=device)
+            return torch.full((n, self.config.tokens) if several else (n,), classes, device=device)
         labels = torch.as_tensor(labels, device=device)
-        if labels.is_floating_point() or labels.dim() > 1 or (labels.dim() == 1 and len(labels) != n):
-            raise ValueError(f"DDPM: labels must be integers ({n},), got {labels.dtype} {tuple(labels.shape)}")
-        if device.type == "cpu" and not torch.compiler.is_compiling() and ((labels < 0) | (labels >= classes)).any():
-            raise ValueError(f"DDPM: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-        return labels.long().expand(n)
+        labels = labels if labels.dim() > several else labels.expand(n, *labels.shape)
+        good = labels.dim() == 1 + several and len(labels) == n and not labels.is_floating_point()
+        if not good or (several and labels.shape[1] > self.config.tokens):
+            wanted = f"({n}, at most {self.config.tokens})" if several else f"({n},)"
+            raise ValueError(f"{name}: labels must be integers {wanted}, got {labels.dtype} {tuple(labels.shape)}")
+        if device.type == "cpu" and not torch.compiler.is_compiling() and ((labels < 0) | (labels >= classes + several)).any():
+            words = f"0..{classes - 1}" + f" or {classes} for padding" * several
+            raise ValueError(f"{name}: labels must be in {words}, got {int(labels.min())}..{int(labels.max())}")
+        return labels.long()
 
-    def _ink(self, images):
-        x = ink(images, self.config.levels)
+    def _images(self, images):
+        """Images in [-1, 1]."""
+        x = 2 * ink(images, self.config.levels) - 1
         expected = (self.config.channels, self.config.size, self.config.size)
         if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"DDPM: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__}: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
         return x
-
-
-def alphas_cumprod(schedule, timesteps):
-    """[product of 1 - beta_s for s <= t], one number per timestep; every beta is at most 0.999."""
-    if schedule == "linear":  # stated for 1000 steps; fewer ones are larger
-        scale, last = 1000 / timesteps, max(1, timesteps - 1)
-        betas = [min(0.999, scale * (1e-4 + (0.02 - 1e-4) * t / last)) for t in range(timesteps)]
-    else:
-        angle = lambda t: math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = [min(0.999, 1 - angle(t + 1) / angle(t)) for t in range(timesteps)]
-    table, product = [], 1.0
-    for beta in betas:
-        product *= 1 - beta
-        table.append(product)
-    return table

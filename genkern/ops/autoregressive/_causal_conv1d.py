@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from genkern.core import Op
+from genkern.core import Op, implements
 from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, same_precision
 from genkern.testing._case import Case
 
@@ -29,7 +29,8 @@ def causal_conv1d(
     weight          (C_out, C / groups, K) as in torch.nn.Conv1d; weight[..., K - 1] meets the present
     bias            (C_out,) or None
     dilation        distance of neighbouring taps
-    groups          C: one filter per channel, the fused kernel (C_out = C). Anything else is torch's own convolution, which follows
+    groups          C: one filter per channel (C_out = C). Others take a dense kernel on the CPU, whose gradients are torch's; on other
+                    devices, with seq_idx, or in several groups of fewer than 4 outputs torch's own convolution, which follows
                     autocast as torch.nn.Conv1d does
     activation      None or "silu"
     initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
@@ -41,8 +42,8 @@ def causal_conv1d(
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64), returned in the promoted type. TypeError,
     ValueError on anything else. Differentiable to any order, also in initial_state. Skipped taps are never read: an infinity or
-    NaN in the future or in another sequence does not reach an output. In float32 on the CPU the outputs have the same bits however
-    x is cut into pieces that hand on their state.
+    NaN in the future or in another sequence does not reach an output. In float32 on the CPU the kernels' outputs have the same bits
+    however x is cut into pieces that hand on their state, in any batch and for any number of threads.
     """
     _check("causal_conv1d", x, weight, bias, dilation, activation)
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
@@ -156,10 +157,16 @@ def _final_state(x, state, seq_idx, past):
 
 
 def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
-    """Any groups, through torch's convolution: one for each tap where sequence indices forbid some of them."""
+    """Any groups. On the CPU the dense kernel, elsewhere torch's convolution: one for each tap where sequence indices forbid some."""
+    past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
+    if seq_idx is None and x.device.type == "cpu" and pays_dense(weight, groups):
+        dtype = promoted(x, weight, bias, state)
+        x, weight, bias, state = in_working_type(x, weight, bias, state)
+        bias = None if bias is None else bias.contiguous()
+        y = dense(_behind(x, state, past), weight.contiguous(), bias, None, dilation, groups)
+        return (F.silu(y) if silu else y).to(dtype)
     dtype = promoted(x, weight, bias, state)
     x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
     behind = _behind(x, state, past)
     if seq_idx is None:
         y = F.conv1d(behind, weight, bias, dilation=dilation, groups=groups)
@@ -172,6 +179,22 @@ def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
             y = y + F.conv1d(torch.where(same, behind[..., window], 0), weight[..., k : k + 1], groups=groups)
         y = torch.where((seq_idx < 0)[:, None], 0, y)
     return F.silu(y) if silu else y
+
+
+def pays_dense(weight, groups):
+    """The dense kernel computes 16 outputs of a group at once: of many groups of a few outputs it would waste most."""
+    return groups == 1 or weight.shape[0] >= 4 * groups
+
+
+def pack_dense(weight, groups=1):
+    """weight (C_out, C / groups, K) as the dense kernel reads it, for calls so short that packing would be most of the work."""
+    outputs, channels, taps = weight.shape
+    rows = F.pad(weight.detach().view(groups, -1, channels, taps), (0, 0, 0, 0, 0, -(outputs // groups) % 16))
+    return rows.view(groups, -1, 16, channels, taps).permute(0, 1, 4, 3, 2).contiguous()
+
+
+def _reference_dense(x, weight, bias, packed, dilation, groups):
+    return F.conv1d(x, weight, bias, dilation=dilation, groups=groups)
 
 
 def _reference(x, weight, bias, state, seq_idx, dilation, silu):
@@ -218,6 +241,26 @@ _op = Op(
     differentiable=("x", "weight", "bias", "initial_state"),
 )
 
+
+@implements("cpu", "causal_conv1d_dense_backward")
+def _dense_backward(grad, x, weight, bias, packed, dilation, groups):
+    """torch's own: its matrix products are at the machine's limit, and gradients promise no bits."""
+    sizes, wanted = None if bias is None else list(bias.shape), [True, True, bias is not None]
+    got = torch.ops.aten.convolution_backward(grad.contiguous(), x, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted)
+    return [g.contiguous() for g in got[: 2 + wanted[2]]]
+
+
+dense = Op(
+    "causal_conv1d_dense",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
+    reference=_reference_dense,
+    fake=lambda x, weight, bias, packed, dilation, groups: x.new_empty(
+        x.shape[0], weight.shape[0], x.shape[2] - (weight.shape[2] - 1) * dilation
+    ),
+    differentiable=("x", "weight", "bias"),
+)
+
+
 _update = Op(
     "causal_conv1d_update",
     "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, int dilation, bool silu) -> Tensor",
@@ -231,6 +274,14 @@ def _depthwise(x, weight, bias=None, initial_state=None, seq_idx=None, **options
 
 
 _depthwise.__name__ = "causal_conv1d"
+
+
+def _several_channels(x, weight, bias=None, initial_state=None, dilation=3):
+    groups = x.shape[1] // weight.shape[1]
+    return causal_conv1d(x, weight, bias, dilation=dilation, groups=groups, initial_state=initial_state)
+
+
+_several_channels.__name__ = "causal_conv1d_dense"
 
 
 def _on_a_copy(x, state, weight, bias=None, state_indices=None, **options):
@@ -247,6 +298,21 @@ def _taps(taps):
         return {"x": make(shape), "weight": make((c, 1, taps), 0.5), "bias": make((c,))}
 
     return arguments
+
+
+def _dense_arguments(outputs, groups=1):
+    def arguments(make, shape):
+        n, c, _ = shape = (*shape, 1, 1)[:3]
+        c = -(-c // groups) * groups
+        weight = make((outputs or 2 * c, c // groups, 2), (c // groups) ** -0.5)
+        return {"x": make((n, c, *shape[2:])), "weight": weight, "bias": make((weight.shape[0],))}
+
+    return arguments
+
+
+def _dense_with_state(make, shape):
+    arguments = _dense_arguments(10, groups=2)(make, shape)
+    return arguments | {"initial_state": make((*arguments["x"].shape[:2], 3))}
 
 
 def _with_state(make, shape):
@@ -271,6 +337,10 @@ def _wide(make, shape):
 def _eager(x, weight, bias):
     taps = weight.shape[2]
     return F.silu(F.conv1d(F.pad(x, (taps - 1, 0)), weight, bias, groups=x.shape[1]))
+
+
+def _eager_dense(x, weight, bias):
+    return F.conv1d(F.pad(x, (4, 0)), weight, bias, dilation=4)
 
 
 def _step_arguments(make, shape):
@@ -309,6 +379,19 @@ CASES = (
         bytes_backward=lambda shape, size: 3 * size * math.prod(shape),
         bench_shapes=((2, 1024, 2048), (4, 2048, 512), (1, 256, 64), (2, 1024, 1)),
         bench_variant={"activation": "silu"},
+    ),
+    Case(
+        _several_channels,
+        _dense_arguments(None),
+        forms=(_dense_with_state,),
+        shapes=((2, 3, 53), (1, 1, 1), (0, 2, 4)),
+        small=(1, 2, 5),
+        large=(3, 32, 1031),
+        eager=_eager_dense,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
+        bench_shapes=((4, 64, 4096), (1, 128, 1024), (8, 32, 1024), (1, 64, 1)),
+        bench_variant={"dilation": 4},
     ),
     Case(
         _on_a_copy,

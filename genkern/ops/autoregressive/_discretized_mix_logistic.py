@@ -42,22 +42,23 @@ def discretized_mix_logistic_nll(x, params, *, mode="exact", levels=256, min_log
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: x is data and has no gradient: detach it")
     check_choice(op, "mode", mode, ("exact", "openai"))
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"{op}: levels must be an int of at least 2, got {levels!r}")
+    _check_levels(op, levels)
     x, params = same_precision((x, params))
     return _nll(x, params, levels, float(min_log_scale), mode == "openai")
 
 
 def discretized_mix_logistic_sample(
-    params, *, channels=3, temperature=1.0, min_log_scale=-7.0, key=None, generator=None, uniforms=None
+    params, *, channels=3, temperature=1.0, min_log_scale=-7.0, levels=None, key=None, generator=None, uniforms=None
 ):
-    """A draw from that mixture, in [-1, 1], not rounded to levels: (N, channels, ...).
+    """A draw from that mixture, in [-1, 1]: (N, channels, ...).
 
     The indicator is drawn by Gumbel noise, then each colour by the logistic quantile m + s (log u - log(1 - u)); a colour is clamped
     to [-1, 1] before the next depends on it. u is clamped to [1e-5, 1 - 1e-5], as published.
 
     params          as above
     temperature     divides the mixture's logits and multiplies the scales
+    levels          None: not rounded, as published. A number: each colour is rounded to one of so many levels before the next depends
+                    on it, which makes the draw one of the discretised distribution itself
     key             int64 (2,), or (N, 2) for one stream per sample. None: drawn from `generator` or torch's default generator
     uniforms        (N, K + channels, ...) in [0, 1) instead: K for the indicator, then one for each colour
 
@@ -68,6 +69,8 @@ def discretized_mix_logistic_sample(
     check_choice(op, "channels", channels, (1, 3))
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    if levels is not None:
+        _check_levels(op, levels)
     k = _mixtures(op, params, channels)
     shape = (params.shape[0], k + channels, *params.shape[2:])
     if uniforms is None:
@@ -88,8 +91,14 @@ def discretized_mix_logistic_sample(
         if c:
             link = torch.tanh(take(coefficients))
             centre = centre + (link[:, 0] * x[0] if c == 1 else link[:, 1] * x[0] + link[:, 2] * x[1])
-        x.append((centre + scale[:, c] * noise[:, c]).clamp(-1, 1))
+        value = (centre + scale[:, c] * noise[:, c]).clamp(-1, 1)
+        x.append(value if levels is None else ((value + 1) * ((levels - 1) / 2)).round() * (2 / (levels - 1)) - 1)
     return torch.stack(x, 1).to(working_type(params))
+
+
+def _check_levels(op, levels):
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"{op}: levels must be an int of at least 2, got {levels!r}")
 
 
 def _mixtures(op, params, channels):

@@ -9,38 +9,46 @@ from genkern.ops._common import check_float, working_type
 from genkern.testing._case import Case
 
 
-def guidance_moments(model_output):
-    """(N, 5): sum u, sum c, sum u^2, sum u c, sum c^2 over each sample, u and c the halves of model_output (2 N, ...), in one pass.
+def guidance_moments(model_output, *, learned_variance=False):
+    """(N, 5): sum c, sum d, sum d^2, sum c d, sum c^2 over each sample, d = c - u, u and c the halves of model_output (2 N, ...).
 
-    Sum and sum of squares of every g_u u + g_c c follow without another pass: what the rescaling of Lin et al., 2023 (eq. 15, 16)
-    and other adaptive guidance weights need. float32, float64, bfloat16, float16; summed and returned in float32 (float64). No
-    gradient. TypeError, ValueError on anything else.
+    Mean and deviation of every combination of the two follow without another pass: what sampler_step needs for the rescaling of
+    Lin et al., 2023 and the projected guidance of Sadat et al., 2024. learned_variance: the second half of the channels (dimension
+    1) is not counted. float32, float64, bfloat16, float16; summed and returned in float32 (float64). No gradient. TypeError,
+    ValueError on anything else.
     """
     check_float("guidance_moments", "model_output", model_output)
     if model_output.dim() == 0 or model_output.shape[0] % 2:
         raise ValueError(f"guidance_moments: model_output must have an even number of samples, got shape {tuple(model_output.shape)}")
-    return _guidance_moments(model_output.detach())
+    if learned_variance and (model_output.dim() < 2 or model_output.shape[1] % 2):
+        raise ValueError(f"guidance_moments: learned_variance needs an even number of channels, got {tuple(model_output.shape)}")
+    return _guidance_moments(model_output.detach(), learned_variance)
 
 
-def rescale_weight(moments, g_u, g_c, rescale, count):
-    """(N,) factor of m = g_u u + g_c c: rescale std(c) / std(m) + 1 - rescale (Lin et al., 2023, eq. 15, 16); count elements each."""
-    u, c, uu, uc, cc = moments.unbind(-1)
-    variance_c = cc - c * c / count
-    variance_m = g_u * g_u * uu + 2 * g_u * g_c * uc + g_c * g_c * cc - (g_u * u + g_c * c) ** 2 / count
-    ratio = (variance_c.clamp(min=0) / variance_m.clamp(min=torch.finfo(moments.dtype).tiny)).sqrt()
-    return rescale * ratio + (1 - rescale)
+def guidance_weights(moments, g, rescale, parallel, max_norm, count):
+    """(N,) factors of c and of c - u in sampler_step's adaptive guidance of scale g; count elements per sample."""
+    c, d, dd, cd, cc = moments.unbind(-1)
+    tiny = 1e-30
+    on_d = (g - 1) * (max_norm / dd.clamp(min=tiny).sqrt()).clamp(max=1.0)
+    on_c = 1 - on_d * (1 - parallel) * cd / cc.clamp(min=tiny)
+    of_c = (cc - c * c / count).clamp(min=0)
+    of_m = on_c * on_c * cc + on_d * (2 * on_c * cd + on_d * dd) - (on_c * c + on_d * d) ** 2 / count
+    factor = rescale * (of_c / of_m.clamp(min=tiny)).sqrt() + (1 - rescale)
+    return on_c * factor, on_d * factor
 
 
-def _reference(model_output):
+def _reference(model_output, learned):
+    model_output = model_output.chunk(2, 1)[0] if learned else model_output
     u, c = model_output.to(working_type(model_output)).reshape(model_output.shape[0], model_output.shape[1:].numel()).chunk(2)
-    return torch.stack([u.sum(1), c.sum(1), (u * u).sum(1), (u * c).sum(1), (c * c).sum(1)], 1)
+    d = c - u
+    return torch.stack([c.sum(1), d.sum(1), (d * d).sum(1), (c * d).sum(1), (c * c).sum(1)], 1)
 
 
 _guidance_moments = Op(
     "guidance_moments",
-    "(Tensor model_output) -> Tensor",
+    "(Tensor model_output, bool learned) -> Tensor",
     reference=_reference,
-    fake=lambda model_output: model_output.new_empty((model_output.shape[0] // 2, 5), dtype=working_type(model_output)),
+    fake=lambda model_output, learned: model_output.new_empty((model_output.shape[0] // 2, 5), dtype=working_type(model_output)),
 )
 
 

@@ -13,16 +13,18 @@ def moments_kernel(u, c, partial, u_stride, c_stride, rows, width, DTYPE: tl.con
     row, number, column, mask = lanes.tile(rows, width, ROWS, COLUMNS)
     a = lanes.load(u, u_stride, row, column, mask, DTYPE)
     b = lanes.load(c, c_stride, row, column, mask, DTYPE)
+    d = b - a
     at = partial + (row * tl.cdiv(width, COLUMNS) + number) * 5
-    tl.store(at, tl.sum(a, 1)[:, None], mask=row < rows)
-    tl.store(at + 1, tl.sum(b, 1)[:, None], mask=row < rows)
-    tl.store(at + 2, tl.sum(a * a, 1)[:, None], mask=row < rows)
-    tl.store(at + 3, tl.sum(a * b, 1)[:, None], mask=row < rows)
+    tl.store(at, tl.sum(b, 1)[:, None], mask=row < rows)
+    tl.store(at + 1, tl.sum(d, 1)[:, None], mask=row < rows)
+    tl.store(at + 2, tl.sum(d * d, 1)[:, None], mask=row < rows)
+    tl.store(at + 3, tl.sum(b * d, 1)[:, None], mask=row < rows)
     tl.store(at + 4, tl.sum(b * b, 1)[:, None], mask=row < rows)
 
 
 @implements("triton", "guidance_moments")
-def guidance_moments(model_output):
+def guidance_moments(model_output, learned):
+    model_output = model_output.chunk(2, 1)[0] if learned else model_output
     work, dtype = lanes.working_type(model_output)
     if model_output.numel() == 0:
         return model_output.new_zeros((model_output.shape[0] // 2, 5), dtype=work)

@@ -1,4 +1,4 @@
-"""affine_coupling: scale and shift of one part of a tensor by functions of the other, with the log-determinant."""
+"""affine_coupling: scale and shift of one part of a tensor by functions of the other, with the log-determinant; additive_coupling."""
 
 import math
 
@@ -18,7 +18,7 @@ from genkern.ops._common import (
 )
 from genkern.testing._case import Case
 
-SCALES = ("exp", "sigmoid", "sigmoid_floor", "softplus", "tanh", "soft_clip")  # positions are the numbers of the raw op
+SCALES = ("exp", "sigmoid", "sigmoid_floor", "softplus", "tanh", "soft_clip", "arctan")  # positions are the numbers of the raw op
 LAYOUTS = ("shift_scale", "scale_shift", "interleaved")
 _NAME = "affine_coupling"
 
@@ -33,7 +33,8 @@ def affine_coupling(
     params      (N, 2 C', ...), C' <= C: shifts t and raw scales u of the transformed channels, the output of the network
     scale       the map from u to s: "exp": e^u; "sigmoid": sigmoid(u + 2) (Glow); "sigmoid_floor": sigmoid(u + 2) + 1e-3 (nflows);
                 "softplus": softplus(u) + 1e-3; "tanh": exp(limit tanh(u)), limit 2 unless given; "soft_clip":
-                exp(u / (1 + |u| / limit)), limit -ln(1e-3) unless given (zuko)
+                exp(u / (1 + |u| / limit)), limit -ln(1e-3) unless given (zuko); "arctan": exp(0.636 limit arctan(u)),
+                limit 2 unless given (FrEIA)
     layout      of params along dimension 1: "shift_scale" or "scale_shift" halves, read in place; "interleaved": shift, scale,
                 shift, scale ..., rearranged by a copy first
     shift_first y = (x + t) s instead (Glow)
@@ -56,17 +57,15 @@ def affine_coupling(
     channels = params.shape[1] // 2
     if channels > x.shape[1] or params.shape != (x.shape[0], 2 * channels, *x.shape[2:]):
         raise ValueError(f"{_NAME}: params must have shape (N, 2 C', ...), C' <= C, got {tuple(params.shape)} for x {tuple(x.shape)}")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
-        raise TypeError(f"{_NAME}: mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if mask is not None and channels != x.shape[1]:
-        raise ValueError(f"{_NAME}: with a mask params must hold 2 C = {2 * x.shape[1]} channels, got {params.shape[1]}")
+    _check_mask(_NAME, mask, x, channels)
     if log_det is not None:
         check_float(_NAME, "log_det", log_det)
         check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")
     if limit is None:
-        limit = 2.0 if scale == "tanh" else -math.log(1e-3)
-    elif scale not in ("tanh", "soft_clip") or not 0 < limit < math.inf:
-        raise ValueError(f'{_NAME}: limit must be positive, and scale "tanh" or "soft_clip", got {limit} with {scale!r}')
+        limit = -math.log(1e-3) if scale == "soft_clip" else 2.0
+    elif scale not in ("tanh", "soft_clip", "arctan") or not 0 < limit < math.inf:
+        raise ValueError(f'{_NAME}: limit must be positive, and scale "tanh", "soft_clip" or "arctan", got {limit} with {scale!r}')
+    limit = 0.636 * limit if scale == "arctan" else limit  # FrEIA's approximation of 2 / pi
     if layout == "interleaved":
         params = torch.cat([params[:, 0::2], params[:, 1::2]], 1)
     x, params = same_precision((x, params))
@@ -74,6 +73,46 @@ def affine_coupling(
         mask = mask.expand(x.shape[1:]).to(x.device, working_type(x, params)).contiguous()
     y, own = _op(x, params, mask, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit))
     return y, own if log_det is None else log_det + own
+
+
+def additive_coupling(x, shift, *, inverse=False, mask=None):
+    """y = x + shift on the transformed part of x, the rest unchanged (NICE, Dinh et al., 2014, equation 9); log_det is zero.
+
+    x           (N, C, ...). Its last channels are transformed, as many as shift has; the first ones pass through
+    shift       (N, C', ...), C' <= C
+    inverse     x from y: x - shift
+    mask        as in affine_coupling, where then C' = C
+
+    float32, float64, bfloat16, float16, also mixed; computed in float32 (float64) and returned in the promoted type. TypeError,
+    ValueError on anything else. Differentiable to any order. Made of torch's operations.
+    """
+    op = "additive_coupling"
+    check_float(op, "x", x)
+    check_float(op, "shift", shift, x.dim())
+    check_device(op, "shift", shift, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must be (N, C, ...), got shape {tuple(x.shape)}")
+    channels = shift.shape[1]
+    if channels > x.shape[1] or shift.shape != (x.shape[0], channels, *x.shape[2:]):
+        raise ValueError(f"{op}: shift must have shape (N, C', ...), C' <= C, got {tuple(shift.shape)} for x {tuple(x.shape)}")
+    _check_mask(op, mask, x, channels)
+    dtype = promoted(x, shift)
+    kept = x.shape[1] - channels
+    old = x[:, kept:] if kept else x
+    if x.dtype != shift.dtype:
+        old, shift = in_working_type(old, shift)
+    y = old - shift if inverse else old + shift
+    y = (y if mask is None else torch.where(mask.to(x.device), y, old)).to(dtype)
+    return torch.cat([x[:, :kept].to(dtype), y], 1) if kept else y
+
+
+def _check_mask(op, mask, x, channels):
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if channels != x.shape[1]:
+        raise ValueError(f"{op}: with a mask all {x.shape[1]} channels of x must have parameters, got those of {channels}")
 
 
 def _scaled(u, scale, limit):
@@ -85,7 +124,7 @@ def _scaled(u, scale, limit):
     if scale in ("sigmoid_floor", "softplus"):
         s = (torch.sigmoid(u + 2) if scale == "sigmoid_floor" else torch.logaddexp(u, torch.zeros_like(u))) + 1e-3
         return s, s.log()
-    log_s = limit * u.tanh() if scale == "tanh" else u / (1 + u.abs() / limit)
+    log_s = u / (1 + u.abs() / limit) if scale == "soft_clip" else limit * (u.tanh() if scale == "tanh" else u.atan())
     return log_s.exp(), log_s
 
 
@@ -143,6 +182,7 @@ CASES = (
             {"scale": "tanh", "inverse": True, "shift_first": True, "layout": "scale_shift"},
             {"scale": "soft_clip"},
             {"scale": "softplus", "layout": "interleaved"},
+            {"scale": "arctan"},
         ),
         eager=_eager,
         bytes=lambda shape, size: 3 * size * math.prod(shape),

@@ -1,5 +1,6 @@
 """rational_quadratic_spline: the monotonic spline of neural spline flows, from raw network outputs, with its log-determinant."""
 
+import contextlib
 import math
 
 import torch
@@ -174,12 +175,20 @@ def _eager(x, widths, heights, derivatives):
 
 
 def _peers():
-    try:
-        from nflows.transforms.splines import unconstrained_rational_quadratic_spline as nflows
-    except ImportError:
-        return {}
-    names = "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives"
-    return {"nflows": lambda x, **params: nflows(x, **dict(zip(names, params.values(), strict=True)), tail_bound=1.0)}
+    """nflows with the arguments of the case; zuko, whose bins have no smallest size: the same work, other values."""
+    peers = {}
+    with contextlib.suppress(ImportError):
+        from nflows.transforms.splines import unconstrained_rational_quadratic_spline
+
+        names = "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives"
+        peers["nflows"] = lambda x, **params: unconstrained_rational_quadratic_spline(
+            x, **dict(zip(names, params.values(), strict=True)), tail_bound=1.0
+        )
+    with contextlib.suppress(ImportError):
+        from zuko.transforms import MonotonicRQSTransform
+
+        peers["zuko"] = lambda x, **params: MonotonicRQSTransform(*params.values(), bound=1.0).call_and_ladj(x)
+    return peers
 
 
 def _arguments(make, shape, bins=8):
