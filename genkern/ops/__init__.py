@@ -13,7 +13,7 @@ from genkern.ops.diffusion._sampler_step import dynamic_threshold, sampler_step
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments
 from genkern.ops.diffusion._timestep_embedding import timestep_embedding
 from genkern.ops.flow._actnorm import actnorm
-from genkern.ops.flow._affine_coupling import additive_coupling, affine_coupling
+from genkern.ops.flow._affine_coupling import additive_coupling, affine_coupling, affine_coupling_
 from genkern.ops.flow._dequantize import dequantize
 from genkern.ops.flow._gaussian_log_prob import gaussian_log_prob
 from genkern.ops.flow._invertible_conv1x1 import invertible_conv1x1, plu_factors, plu_weight
@@ -30,6 +30,7 @@ __all__ = [
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "affine_coupling_",
     "bernoulli_nll",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -46,9 +47,9 @@ __all__ = [
     "group_norm_act",
     "guidance_moments",
     "invertible_conv1x1",
+    "log_importance_weight",
     "made_inverse",
     "made_masks",
-    "log_importance_weight",
     "masked_conv2d",
     "masked_linear",
     "mu_law_decode",
@@ -63,6 +64,6 @@ __all__ = [
     "sampler_step",
     "squeeze",
     "timestep_embedding",
-    "unsqueeze",
     "total_correlation",
+    "unsqueeze",
 ]
