@@ -28,9 +28,13 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "conditional-vae": ("digits", {"epochs": 60}),
     "iwae": ("digits", {"epochs": 40}),
     "ddpm": ("digits", {}),
-    "latent-diffusion": ("digits32", {}),
+    "latent-diffusion": ("digits32", {"epochs": 20}),
     "char-lstm": ("topics", {"epochs": 3}),
     "gpt": ("topics", {"epochs": 3}),
+    "pixel-cnn": ("digits", {}),
+    "gated-pixel-cnn": ("digits", {}),
+    "pixel-rnn": ("digits", {}),
+    "pixel-cnnpp": ("photos", {"width": 16}),
 }
 
 

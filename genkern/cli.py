@@ -413,12 +413,13 @@ def _against_baselines(values, source, split, model):
 
 
 def sample_options(model):
-    """{name: (reader of its text, default)} of what model.sample takes by keyword, beside what every command gives.
+    """{name: (reader of its text, default)} of what model.sample takes by keyword, beside what the command itself gives.
 
     Its annotation says of what type an option is, or else its default; what neither tells is not offered.
     """
-    method = type(model).sample
-    given, hints, options = {"n", "key", "generator", "batch_size", *model.conditions}, typing.get_type_hints(method), {}
+    method, options = type(model).sample, {}
+    own = {"folder", "seed", "device", "n", "label", "strip", "out"}
+    given, hints = {"key", "generator", "batch_size", *own, *model.conditions}, typing.get_type_hints(method)
     for name, parameter in inspect.signature(method).parameters.items():
         hint = hints.get(name, type(parameter.default))
         kinds = typing.get_args(hint) or (hint,)

@@ -198,12 +198,20 @@ def test_bench_refuses_a_wrong_draw(monkeypatch, capsys):
 def test_bench_table_fits_100_columns(capsys):
     facts = {"cpu": "a processor", "instruction_set": "AVX512", "threads": 1, "torch": "2.13.0+cpu", "genkern": "0.1.0"}
     contender = {"us": 123456.7, "ratio": 0.91, "ratio_p20": 100.1, "ratio_p80": 100.2, "of_copy": 1.0, "genkern_ratio": 100.1}
+    contender["peak_bytes"] = 1 << 20
     names = ("eager", "genkern", "compile", "copy")
     result = {"op": "random_exponential", "shape": [8, 4, 128, 128], "mode": "forward+backward"}
     bench.print_header(facts)
     bench.print_row(result | {"contenders": {name: contender for name in names}})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100 and lines[-1].endswith("slower")
+
+
+def test_peak_bytes_counts_what_is_held_at_once():
+    x = torch.zeros(1000)
+    assert bench.peak_bytes(lambda: x.neg()) == 4000  # the result
+    assert bench.peak_bytes(lambda: x.neg().exp()) == 8000  # and what it came from
+    assert bench.peak_bytes(lambda: x.neg_()) == 0
 
 
 def test_bench_compare_fails_on_a_fallen_ratio_and_plot_draws(tmp_path, capsys):

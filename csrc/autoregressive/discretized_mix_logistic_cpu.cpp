@@ -1,6 +1,6 @@
 // discretized_mix_logistic_nll: lanes over pixels, whose values of one channel are neighbours in memory. A tile of pixels of all
-// channels is copied into a buffer first, and gradients leave through one: to walk over a hundred channels, often whole pages apart,
-// pixel by pixel would wait for memory most of the time.
+// channels is copied into a buffer first, and gradients leave through one: to walk over a hundred channels, often whole pages
+// apart, pixel by pixel would wait for memory most of the time.
 //
 // With d = a - b, the log-probability of an inner bin is log(1 - e^-d) - softplus(-a) - softplus(b); since
 // softplus(-a) = max(-a, 0) + log(1 + e^-|a|), one logarithm serves all three terms.
@@ -9,8 +9,8 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kPixels = 128;            // of a unit of work; a multiple of the lanes
-constexpr int64_t kStride = kPixels + 16;  // of a channel in the buffers: channels of a power of two apart would share cache lines' places
+constexpr int64_t kPixels = 128;           // of a unit of work; a multiple of the lanes
+constexpr int64_t kStride = kPixels + 16;  // of a channel in the buffers; at a power of two the channels would evict each other
 
 template <class V>
 GK_FN V positive(V x) {

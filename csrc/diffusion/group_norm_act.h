@@ -109,6 +109,14 @@ inline Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, Maybe
   return y;
 }
 
+inline void group_norm_act_out(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
+                               MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu, Tensor out) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
+  if (call.empty()) return;
+  call.job.y = Rows(out).array();
+  call.is_double() ? group_norm_forward<double>(call.job, x) : group_norm_forward<float>(call.job, x);
+}
+
 inline std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias,
                                                    MaybeTensor pre_bias, MaybeTensor scale, MaybeTensor shift, int64_t groups,
                                                    double eps, bool silu) {

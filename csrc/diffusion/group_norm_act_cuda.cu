@@ -225,6 +225,7 @@ void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, cons
 
 GENKERN_LIBRARY(m) {
   m.impl("_group_norm_act", TORCH_BOX(&group_norm_act));
+  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out));
   m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
 }
 

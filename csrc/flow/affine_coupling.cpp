@@ -171,13 +171,12 @@ void pass_through(const Rows& from, const Rows& to, const Halves& halves, const 
   if (halves.kept) run_rows(Copy{}, {halves.shape.rows, halves.kept}, {from.array()}, {}, {to.array()}, {}, like);
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor mask, int64_t scale, bool scale_first,
-                                           bool shift_first, bool inverse, double limit) {
+Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const Tensor& params, const MaybeTensor& mask,
+                 int64_t scale, bool scale_first, bool shift_first, bool inverse, double limit) {
   const ScalarType type = promote(x.scalar_type(), params.scalar_type());
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type), log_det = torch::stable::new_empty(x, {x.size(0)}, sum_type(type));
-  const Rows x_rows(x), param_rows(params), y_rows(y);
+  Tensor log_det = torch::stable::new_empty(x, {x.size(0)}, sum_type(type));
+  const Rows param_rows(params);
   const Halves halves(x_rows, param_rows, scale_first);
-  pass_through(x_rows, y_rows, halves, x);
   with_scale(scale, limit, [&](auto map) {
     const auto with_mask = [&](auto c) {
       using F = Coupling<decltype(map), c()>;
@@ -187,7 +186,22 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor 
     };
     mask ? with_mask(std::true_type{}) : with_mask(std::false_type{});
   });
-  return {y, log_det};
+  return log_det;
+}
+
+std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor mask, int64_t scale, bool scale_first,
+                                           bool shift_first, bool inverse, double limit) {
+  Tensor y = torch::stable::new_empty(x, x.sizes(), promote(x.scalar_type(), params.scalar_type()));
+  const Rows x_rows(x), y_rows(y);
+  pass_through(x_rows, y_rows, Halves(x_rows, Rows(params), scale_first), x);
+  return {y, transform(x, x_rows, y_rows, params, mask, scale, scale_first, shift_first, inverse, limit)};
+}
+
+// The transformed elements are overwritten, the others not touched. x has dense rows, as Python has seen to.
+Tensor affine_coupling_(Tensor x, Tensor params, MaybeTensor mask, int64_t scale, bool scale_first, bool shift_first, bool inverse,
+                        double limit) {
+  const Rows rows(x);
+  return transform(x, rows, rows, params, mask, scale, scale_first, shift_first, inverse, limit);
 }
 
 std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor params, MaybeTensor mask,
@@ -214,6 +228,7 @@ std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det,
 
 GENKERN_LIBRARY(m) {
   m.impl("_affine_coupling", TORCH_BOX(&affine_coupling));
+  m.impl("_affine_coupling_", TORCH_BOX(&affine_coupling_));
   m.impl("_affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
 }
 

@@ -1,5 +1,5 @@
-// dequantize: (x + u) scaled and shifted, or the logit of that, and its log-determinant per sample, with the noise u made from the key
-// in registers.
+// dequantize: (x + u) scaled and shifted, or the logit of that, and its log-determinant per sample, with the noise u made from the
+// key in registers.
 #include "rows.h"
 
 namespace gk {

@@ -69,8 +69,10 @@ void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t
   }
 }
 inline void write_sum(const Array& a, int64_t row, double total) {
-  if (a.storage == Storage::kDouble) static_cast<double*>(a.data)[row * a.row_stride] = total;
-  else static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
+  if (a.storage == Storage::kDouble)
+    static_cast<double*>(a.data)[row * a.row_stride] = total;
+  else
+    static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
 }
 
 // ---- noise: elements [first, first + count) of a stream in `buffer`, which has room for whole groups around them
@@ -114,7 +116,8 @@ const double* fill_noise(const N& distribution, double* buffer, Key key, uint64_
 // ---- one segment of one row
 
 template <class F, class S>
-GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile], double* sums) {
+GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile],
+                       double* sums) {
   using V = typename Vector<S>::type;
   constexpr int kCount = Lane<V>::kCount;
   const S* in[F::kInputs + 1];
@@ -156,6 +159,65 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   }
 }
 
+// ---- rows narrower than a vector: as many as fit in a tile side by side, so that no lane runs empty
+
+template <class S>
+const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
+  if (a.row_stride == width) return read(a, row0, 0, rows * width, buffer);
+  for (int64_t row = 0; row < rows; row++) {
+    S* to = buffer + row * width;
+    const S* from = read(a, row0 + row, 0, width, to);
+    if (from != to)
+      for (int64_t j = 0; j < width; j++) to[j] = from[j];
+  }
+  return buffer;
+}
+template <class S>
+void unpack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
+  for (int64_t row = 0; row < rows; row++) {
+    S* from = buffer + row * width;
+    S* to = place(a, row0 + row, 0, from);
+    if (to == from)
+      write(a, row0 + row, 0, from, width);
+    else
+      for (int64_t j = 0; j < width; j++) to[j] = from[j];
+  }
+}
+
+template <class F, class S>
+void run_packed(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise, S (*buffers)[kTile]) {
+  using V = typename Vector<S>::type;
+  constexpr int kCount = Lane<V>::kCount;
+  const int64_t width = job.width, n = rows * width;
+  const S* in[F::kInputs + F::kRowInputs + 1];
+  S* out = buffers[F::kInputs + F::kRowInputs];  // outputs and terms: one tile each from here on
+  V in_lane[F::kInputs + F::kRowInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
+  for (int k = 0; k < F::kInputs; k++) in[k] = pack(job.in[k], row0, rows, width, buffers[k]);
+  for (int k = 0; k < F::kRowInputs; k++) {
+    S* to = buffers[F::kInputs + k];
+    for (int64_t row = 0; row < rows; row++) {
+      S one;
+      const S value = *read(job.row_in[k], looked_up(job.row_in[k], row0 + row), 0, 1, &one);
+      for (int64_t j = 0; j < width; j++) to[row * width + j] = value;
+    }
+    in[F::kInputs + k] = to;
+  }
+  for (int64_t i = 0; i < n; i += kCount) {  // the last lanes may lie beyond n, where every buffer still has room
+    const int count = static_cast<int>(std::min<int64_t>(kCount, n - i));
+    for (int k = 0; k < F::kInputs + F::kRowInputs; k++) in_lane[k] = load_first(in[k] + i, count, V{});
+    job.f(in_lane, in_lane + F::kInputs, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
+    for (int k = 0; k < F::kOutputs; k++) store(out + k * kTile + i, out_lane[k]);
+    for (int k = 0; k < F::kSums; k++) store(out + (F::kOutputs + k) * kTile + i, term[k]);
+  }
+  for (int k = 0; k < F::kOutputs; k++) unpack(job.out[k], row0, rows, width, out + k * kTile);
+  for (int k = 0; k < F::kSums; k++)
+    for (int64_t row = 0; row < rows; row++) {
+      double total = 0;
+      for (int64_t j = 0; j < width; j++) total += out[(F::kOutputs + k) * kTile + row * width + j];
+      write_sum(job.sum[k], row0 + row, total);
+    }
+}
+
 // ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile
 
 template <class S, class F>
@@ -166,9 +228,10 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
   const int64_t tiles = std::max<int64_t>(1, (job.width + tile - 1) / tile);  // per row
   const int64_t rows_per_unit = std::max<int64_t>(1, tile / std::max<int64_t>(1, job.width));
   const int64_t units = tiles > 1 ? job.rows * tiles : (job.rows + rows_per_unit - 1) / rows_per_unit;
+  const bool packed = job.width < Lane<typename Vector<S>::type>::kCount && job.rows > 1 && job.keys.stride == 0;
   std::vector<double> partial(kSums && tiles > 1 ? static_cast<size_t>(units * kSums) : 0);
   torch::stable::parallel_for(0, units, 16 * kTile / tile, [&](int64_t begin, int64_t end) {
-    alignas(64) S buffers[F::kInputs + F::kOutputs + 1][kTile];
+    alignas(64) S buffers[F::kInputs + F::kRowInputs + F::kOutputs + F::kSums + 1][kTile];
     alignas(64) S noise_buffer[has_noise<F> ? kNoiseRoom : 1];
     double sums[kSums + 1];
     for (int64_t unit = begin; unit < end; unit++) {
@@ -180,16 +243,24 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
       if constexpr (has_noise<F>)
         if (job.keys.stride == 0)
           noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(0), static_cast<uint64_t>(row0 * job.width + column), rows * n);
+      if (packed) {
+        run_packed<F, S>(job, row0, rows, noise, buffers);
+        continue;
+      }
       for (int64_t row = row0; row < row0 + rows; row++) {
         const S* row_noise = noise;
         if constexpr (has_noise<F>) {
-          if (job.keys.stride == 0) row_noise = noise + (row - row0) * job.width;
-          else row_noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(row), static_cast<uint64_t>(column), n);
+          if (job.keys.stride == 0)
+            row_noise = noise + (row - row0) * job.width;
+          else
+            row_noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(row), static_cast<uint64_t>(column), n);
         }
         run_segment<F, S>(job, row, column, n, row_noise, buffers, sums);
         for (int k = 0; k < kSums; k++) {
-          if (tiles > 1) partial[unit * kSums + k] = sums[k];
-          else write_sum(job.sum[k], row, sums[k]);
+          if (tiles > 1)
+            partial[unit * kSums + k] = sums[k];
+          else
+            write_sum(job.sum[k], row, sums[k]);
         }
       }
     }

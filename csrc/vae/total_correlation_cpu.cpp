@@ -33,17 +33,17 @@ class Pairs {
         mu_(dims * padded, 0),
         half_precision_(dims * padded, 0),
         bias_(dims * padded, -std::numeric_limits<S>::infinity()) {
-    const Rows m(mu), v(log_var);
+    const Points m(mu), v(log_var);
     for (int64_t j = 0; j < samples; j++)
       for (int64_t d = 0; d < dims; d++) {
-        const S log_variance = at(v, j, d);
-        mu_[d * padded + j] = at(m, j, d);
+        const S log_variance = at(v.array, j, d);
+        mu_[d * padded + j] = at(m.array, j, d);
         half_precision_[d * padded + j] = std::exp(-log_variance) / 2;
         bias_[d * padded + j] = log_variance * S(-0.5) - static_cast<S>(kHalfLogTwoPi);
       }
   }
 
-  S z(int64_t i, int64_t d) const { return at(z_, i, d); }
+  S z(int64_t i, int64_t d) const { return at(z_.array, i, d); }
 
   // For sample i: e[j] of dimension d = w_ij q(z_id|x_jd) / (other e^top) in row d of `e` (one row for all if stride is 0), their
   // sum to each_dimension(d, top, sum); joint[j] = w_ij q(z_i|x_j), likewise scaled. Returns {ln q(z_i|x_i), top and sum of the
@@ -94,14 +94,18 @@ class Pairs {
   }
 
  private:
-  static S at(const Rows& rows, int64_t row, int64_t column) {
-    const Array a = rows.array();
-    return static_cast<const S*>(a.data)[row * a.row_stride + column];
-  }
+  struct Points {
+    explicit Points(const Tensor& x) : rows(x), array(rows.array()) {}
+    Rows rows;  // keeps a copy alive
+    Array array;
+  };
+  static S at(const Array& a, int64_t row, int64_t column) { return static_cast<const S*>(a.data)[row * a.row_stride + column]; }
   static S scalar_top(V top) {
     S values[kCount];
     store(values, top);
-    return *std::max_element(values, values + kCount);
+    for (int64_t half = kCount / 2; half > 0; half /= 2)
+      for (int64_t k = 0; k < half; k++) values[k] = std::max(values[k], values[k + half]);
+    return values[0];
   }
   double exponentials(int64_t i, S* e, S top) const {
     e[i] += static_cast<S>(weights_.own - weights_.other);
@@ -115,7 +119,7 @@ class Pairs {
   }
 
   const Weights weights_;
-  const Rows z_;
+  const Points z_;
   std::vector<S> mu_, half_precision_, bias_;  // [dimension][posterior]
 };
 

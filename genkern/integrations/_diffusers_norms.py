@@ -57,7 +57,8 @@ class _ResnetBlock2D(ResnetBlock2D):
                 conditions["pre_bias"] = temb
         elif self.time_embedding_norm == "scale_shift":
             raise ValueError("ResnetBlock2D: a scale and shift need the time embedding, got None")
-        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, **conditions)))
+        in_place = {} if torch.is_grad_enabled() or not h.is_contiguous() else {"out": h}  # the convolution's result is nobody else's
+        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, **conditions, **in_place)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous())
         return (x + h) / self.output_scale_factor

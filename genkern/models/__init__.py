@@ -4,6 +4,7 @@ from genkern.models._base import Model, Output, Training, load
 from genkern.models.autoregressive.char_lstm import CharLSTM, CharLSTMConfig
 from genkern.models.autoregressive.gated_pixel_cnn import GatedPixelCNN, GatedPixelCNNConfig
 from genkern.models.autoregressive.gpt import GPT, GPTConfig
+from genkern.models.autoregressive.made import MADE, MADEConfig
 from genkern.models.autoregressive.pixel_cnn import PixelCNN, PixelCNNConfig
 from genkern.models.autoregressive.pixel_cnn_pp import PixelCNNpp, PixelCNNppConfig
 from genkern.models.autoregressive.pixel_rnn import PixelRNN, PixelRNNConfig
@@ -55,6 +56,8 @@ __all__ = [
     "LatentDiffusion",
     "LatentDiffusionConfig",
     "load",
+    "MADE",
+    "MADEConfig",
     "MAF",
     "MAFConfig",
     "Model",

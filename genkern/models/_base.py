@@ -130,7 +130,7 @@ class Model(torch.nn.Module):
             raise TypeError(f"{type(self).__name__}: config must be a {self.Config.__name__}, got {type(config).__name__}")
         for field in dataclasses.fields(config):  # what counts something by default must count something
             value = getattr(config, field.name)
-            counts = type(field.default) is int and field.default > 0
+            counts = field.type in (int, "int") and type(field.default) is int and field.default > 0  # not int | None
             if counts and (type(value) is not int or value < 1):
                 raise ValueError(f"{type(self).__name__}: {field.name} must be a positive int, got {value!r}")
         self.config = config

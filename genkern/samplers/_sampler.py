@@ -144,6 +144,9 @@ class Sampler:
             raise ValueError(f"{name}.sample: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
         if mask is not None and image is None:
             raise ValueError(f"{name}.sample: mask needs image")
+        broadcasts = lambda given: all(a in (1, b) for a, b in zip(reversed(given), reversed(shape), strict=False))
+        if mask is not None and not (mask.dim() <= len(shape) and broadcasts(mask.shape)):
+            raise ValueError(f"{name}.sample: mask must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
         if key is not None:
             random.check_key(f"{name}.sample", key)
             if key.dim() == 2 and key.shape[0] != shape[0]:

@@ -80,7 +80,26 @@ def time_interleaved(calls, rounds, round_seconds=ROUND_SECONDS, device="cpu"):
     return times
 
 
-def summarize(row, times):
+def peak_bytes(call, device="cpu"):
+    """The most memory that one call holds in tensors beyond what was there before; its result counts, kernels' own scratch does not."""
+    call()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = peak = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def summarize(row, times, peaks):
     copy = times["copy"]
     result = {}
     for name, seconds in times.items():
@@ -94,6 +113,7 @@ def summarize(row, times):
             "ratio_p80": quantiles[-1],
             "genkern_ratio": statistics.median(s / o for s, o in zip(seconds, ours, strict=True)),  # ours against this one
             "of_copy": statistics.median(c / s for c, s in zip(copy, seconds, strict=True)),
+            "peak_bytes": peaks[name],
         }
     gigabytes = row.bytes / statistics.median(copy) / 1e9
     return {
@@ -206,8 +226,9 @@ def print_header(facts):
     versions = f"torch {facts['torch']}, genkern {facts['genkern']}"
     print(f"{facts.get('gpu') or facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), {versions}")
     print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)")
-    print("fwd: forward, +bwd: forward and backward; of copy: speed as a part of copying as many bytes\n")
-    columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'x compile':>9} {'of copy':>7}"
+    print("fwd: forward, +bwd: forward and backward; compile: the same against torch.compile")
+    print("copy: speed as a part of copying as many bytes; mem: peak bytes as a part of eager's\n")
+    columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'compile':>7} {'copy':>5} {'mem':>4}"
     print(f"{'op':18} {'shape':11} {'mode':4} {columns}")
 
 
@@ -215,13 +236,14 @@ def print_row(result):
     c = result["contenders"]
     ours, compiled = c["genkern"], c.get("compile")
     shape = "x".join(map(str, result["shape"]))
-    spread = f"({ours['ratio_p20']:.1f}-{ours['ratio_p80']:.1f})"
-    against = f"{compiled['genkern_ratio']:9.1f}" if compiled else f"{'':9}"
+    spread = "({}-{})".format(*(f"{ours[q]:.{int(ours[q] < 100)}f}" for q in ("ratio_p20", "ratio_p80")))
+    against = f"{compiled['genkern_ratio']:7.1f}" if compiled else f"{'':7}"
+    memory = f"{ours['peak_bytes'] / c['eager']['peak_bytes']:4.0%}" if c["eager"]["peak_bytes"] else f"{'':4}"
     slower = " slower" if ours["ratio"] < 1 else ""
     columns = f"{c['eager']['us']:8.1f} {ours['us']:8.1f} {ours['ratio']:7.1f} {spread:>11} {against}"
     mode = {"forward": "fwd", "forward+backward": "+bwd"}[result["mode"]]
     peers = "".join(f"  {n} {v['genkern_ratio']:.1f}x" for n, v in c.items() if n not in ("eager", "genkern", "copy", "compile"))
-    print(f"{result['op']:18} {shape:11} {mode:4} {columns} {ours['of_copy']:7.0%}{slower}{peers}", flush=True)
+    print(f"{result['op']:18} {shape:11} {mode:4} {columns} {ours['of_copy']:5.0%} {memory}{slower}{peers}", flush=True)
 
 
 def compare(old, new, threshold=0.1):
@@ -316,7 +338,8 @@ def main(argv=None):
             with genkern.backend(arguments.backend):
                 for row in rows:
                     times = time_interleaved(row.calls, arguments.rounds, device=arguments.device)
-                    results.append(summarize(row, times))
+                    peaks = {name: peak_bytes(call, arguments.device) for name, call in row.calls.items()}
+                    results.append(summarize(row, times, peaks))
                     print_row(results[-1])
         except (AssertionError, RuntimeError) as error:  # a wrong result, or no such backend here
             refused[name] = str(error)

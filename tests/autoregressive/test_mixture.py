@@ -5,8 +5,10 @@ import torch
 
 import genkern
 from genkern import core
+from genkern.ops import discretized_mix_logistic_cdf as cdf
 from genkern.ops import discretized_mix_logistic_nll as nll
 from genkern.ops import discretized_mix_logistic_sample as sample
+from genkern.ops import gaussian_mixture_nll, gaussian_mixture_sample
 from genkern.ops.autoregressive._discretized_mix_logistic import _eager
 
 BACKENDS = ["reference"] + ["cpu"] * (core.OPS["discretized_mix_logistic_nll"].available("cpu")["cpu"] is None)
@@ -122,3 +124,49 @@ def test_wrong_arguments_are_refused_in_words(change, words):
         nll(*data(), mode="paper")
     with pytest.raises(TypeError, match="floating point"):
         nll(data()[0].byte(), data()[1])
+
+
+def test_the_distribution_function_of_each_colour_gives_the_likelihood():
+    levels, x = 9, torch.tensor([[8, 0, 3], [4, 7, 8], [0, 5, 1]]).view(3, 3, 1) / 4.0 - 1
+    params = torch.randn(3, 20, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    log_p = torch.zeros(3, dtype=torch.float64)
+    for color in range(3):
+        below = cdf(params, x[:, :color], levels=levels)
+        assert below.shape == (3, levels, 1) and (below.diff(dim=1) >= 0).all() and (below[:, -1] == 1).all()
+        index = ((x[:, color] + 1) * 4).round().long().unsqueeze(1)
+        log_p += torch.log(torch.diff(below, dim=1, prepend=torch.zeros(3, 1, 1)).gather(1, index)).flatten()
+    torch.testing.assert_close(-log_p, nll(x, params, levels=levels), rtol=1e-9, atol=0)
+    sound = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3))
+    steps = cdf(sound, channels=1, levels=4).diff(dim=1)
+    lows = torch.full((2, 1, 5), 1 / 3)  # the third level
+    torch.testing.assert_close(-torch.log(steps[:, 1]).sum(1), nll(lows, sound, levels=4))
+    with pytest.raises(ValueError, match="at most 2 of 3"):
+        cdf(params, x)
+
+
+def test_samples_of_levels_have_the_probabilities_of_the_likelihood():
+    n, levels = 40000, 3
+    params = torch.randn(1, 20, 1, generator=torch.Generator().manual_seed(4))
+    x = sample(params.expand(n, 20, 1), levels=levels, key=genkern.random.key(0))
+    every = torch.cartesian_prod(*[torch.arange(levels) - 1.0] * 3).unsqueeze(2)
+    expected = torch.exp(-nll(every, params.expand(27, 20, 1), levels=levels))
+    found = (x.view(n, 1, 3) == every.view(1, 27, 3)).all(2).sum(0)
+    assert found.sum() == n and (found / n - expected).abs().max() < 0.01
+
+
+def test_a_mixture_of_normals_is_that_of_torch_and_its_samples_are_its_own():
+    x, params = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(3, 24, 5, dtype=torch.float64)
+    logits, means, log_scales = params.view(3, 3, 2, 4, 5).transpose(3, 4).unbind(1)
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=logits), torch.distributions.Normal(means, log_scales.exp())
+    )
+    torch.testing.assert_close(gaussian_mixture_nll(x, params), -mixture.log_prob(x).sum((1, 2)))
+    params = torch.tensor([0.3, -0.4, -1.0, 2.0, -0.5, -1.5]).view(1, 6, 1).expand(20000, 6, 1)
+    drawn = gaussian_mixture_sample(params, key=genkern.random.key(0))
+    weight = torch.softmax(torch.tensor([0.3, -0.4]), 0)
+    mean = (weight * torch.tensor([-1.0, 2.0])).sum()
+    assert drawn.shape == (20000, 1, 1) and abs(drawn.mean() - mean) < 0.05
+    half = gaussian_mixture_sample(params[:1], temperature=1e-3, uniforms=torch.full((1, 3, 1), 0.5))
+    assert abs(half - (-1.0)) < 1e-6
+    with pytest.raises(ValueError, match=r"3 K C"):
+        gaussian_mixture_nll(x, params[:3, :5])

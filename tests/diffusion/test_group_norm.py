@@ -104,3 +104,23 @@ def test_the_layer_takes_the_state_of_torchs():
 def test_wrong_arguments_are_refused_in_words(change, error, words):
     with pytest.raises(error, match=words):
         group_norm_act(**{"x": torch.zeros(2, 6, 3), "groups": 2, **change})
+
+
+def test_into_out_and_in_place():
+    make = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    x, weight, bias, condition = make(2, 8, 5, 7), make(8), 1 + make(8), make(2, 8)
+    arguments = dict(groups=4, weight=weight, bias=bias, pre_bias=condition, activation="silu")
+    expected = group_norm_act(x, **arguments)
+    for out in (torch.empty_like(x), torch.empty(2, 9, 5, 7)[:, :8], torch.empty_like(x, dtype=torch.bfloat16), x):
+        version = out._version
+        assert group_norm_act(x, **arguments, out=out) is out and out._version > version
+        torch.testing.assert_close(out, expected.to(out.dtype), rtol=1e-6 if out.dtype == torch.float32 else 1e-2, atol=1e-6)
+    for change in (
+        {"out": torch.empty(2, 8, 5)},
+        {"out": torch.empty_like(x).double()},
+        {"out": torch.empty_like(x).transpose(2, 3).contiguous().transpose(2, 3)},
+        {"weight": weight.clone().requires_grad_(), "out": torch.empty_like(x)},
+        {"x": [x[:, :4], x[:, 4:]], "out": x},
+    ):
+        with pytest.raises(ValueError, match="group_norm_act: "):
+            group_norm_act(**{"x": x, **arguments, **change})

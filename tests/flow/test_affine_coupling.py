@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import genkern
-from genkern.ops import additive_coupling, affine_coupling
+from genkern.ops import additive_coupling, affine_coupling, affine_coupling_
 from genkern.ops.flow._affine_coupling import SCALES
 from genkern.testing import Make, backends
 
@@ -105,3 +105,27 @@ def test_additive_coupling():
         additive_coupling(x, params)
     with pytest.raises(TypeError, match="mask must be a boolean tensor"):
         additive_coupling(x, params[:, :4], mask=mask.float())
+
+
+@each_backend
+def test_in_place(backend):
+    """Only the transformed elements are written, also where rows do not lie densely."""
+    x, params, mask = arguments(masked=True, dtype=torch.float32, params_dtype=torch.bfloat16)
+    for settings in ({"mask": mask}, {"mask": None, "log_det": torch.arange(3.0)}):
+        half = params if settings["mask"] is not None else params[:, :4]
+        for y in (x.clone(), torch.cat([x, x], 1)[:, :4], x.transpose(0, 2).contiguous().transpose(0, 2)):
+            version = y._version
+            with genkern.backend(backend):
+                log_det = affine_coupling_(y, half, scale="sigmoid", **settings)
+                expected = affine_coupling(x, half, scale="sigmoid", **settings)
+            assert torch.equal(y, expected[0]) and torch.equal(log_det, expected[1]) and y._version > version
+
+
+def test_in_place_refuses_what_it_cannot_do():
+    x, params, _ = arguments(dtype=torch.float32)
+    with pytest.raises(ValueError, match="the gradient would need it"):
+        affine_coupling_(x, params.requires_grad_())
+    with torch.no_grad():
+        affine_coupling_(x, params)
+    with pytest.raises(TypeError, match="the promoted type"):
+        affine_coupling_(x.bfloat16(), params.detach())

@@ -187,3 +187,31 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=f"fuse_scheduler: {type(scheduler).__name__} .*{cause}"):
             fuse_scheduler(scheduler)
+
+
+@pytest.mark.parametrize(
+    "name, config", [("DDPM", {}), ("DPMSolverMultistep", LATENT), ("UniPCMultistep", LATENT), ("DEISMultistep", LATENT)]
+)
+def test_one_launch_and_no_sync_per_step(name, config, monkeypatch):
+    """On a GPU, with the timesteps there as pipelines have them; their draw of the noise aside."""
+    from genkern.integrations import diffusers as fused
+    from genkern.testing import count_launches
+
+    scheduler = fuse_scheduler(make(name, config))
+    with count_launches() as counts:
+        monkeypatch.setattr(
+            fused, "randn_tensor", lambda shape, generator, device, dtype: torch.empty(tuple(shape), device=device).zero_()
+        )
+        scheduler.set_timesteps(8, device="cuda")
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        x, seen = torch.randn(2, 4, 8, 8, device="cuda"), []
+        outputs = torch.randn(2, 4, 8, 8, device="cuda")
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(x, t)
+            counts.reset()
+            x = scheduler.step(outputs, t, x, return_dict=False)[0]
+            seen.append(counts.reset())
+        for step in seen[1:]:  # the first one makes the table
+            assert [name for name in step.launches if name != "zero_"] == ["genkern::_sampler_step"]
+            assert not step.syncs and not step.uploads

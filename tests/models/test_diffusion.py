@@ -123,10 +123,11 @@ def test_sampling_runs_on_native_kernels_and_does_not_depend_on_the_batch(sample
 
 def test_guidance_moves_away_from_no_label():
     """One step of DDIM from pure noise with v as the target: the image is linear in the prediction."""
-    model, key, labels = alive(small(timesteps=1000)), random.key(1), torch.tensor([0, 1])
-    sampled = lambda scale, labels: model._denoise(2, labels, key, None, 2, model._sampler("ddim", 1, {}), scale, 0.0)
-    model._clip = lambda: None
-    without, with_label, guided = sampled(1.0, None), sampled(1.0, labels), sampled(3.0, labels)
+    model, options = alive(small(timesteps=1000)), {"key": random.key(1), "sampler": "ddim", "steps": 1}
+    model._clip, model._levels = lambda: None, lambda x: x
+    labels = torch.tensor([0, 1])
+    without, with_label = model.sample(2, **options), model.sample(2, labels=labels, **options)
+    guided = model.sample(2, labels=labels, guidance_scale=3.0, **options)
     assert (without - with_label).abs().max() > 1e-3
     torch.testing.assert_close(guided, without + 3 * (with_label - without), rtol=1e-4, atol=1e-5)
 

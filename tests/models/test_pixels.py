@@ -1,11 +1,15 @@
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
 import genkern
+import genkern.data
 from genkern import core, models, random
+from genkern.cli import main
+from genkern.metrics import baselines
 from genkern.models import GatedPixelCNN, PixelCNN, PixelCNNpp, PixelRNN
 from genkern.testing import assert_autoregressive
 
@@ -76,7 +80,7 @@ def test_samples_are_those_of_the_naive_loop(name, channels):
     assert model.sample(0, key=key).shape == (0, channels, 8, 8)
 
 
-@each_kind
+@pytest.mark.parametrize("name, channels", [*((name, 1) for name in SMALL), ("gated", 3), ("pp", 3)])
 def test_completion_keeps_what_is_known(name, channels):
     model, key, known = small(name, channels=channels), random.key(5), images(1, channels)
     mask = torch.zeros(1, channels, 8, 8, dtype=torch.bool)
@@ -175,3 +179,16 @@ def test_wrong_settings_are_refused_in_words(name, settings, words):
         small(name, **settings)
     with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\)"):
         small(name)(images(size=4))
+
+
+def test_the_command_line_trains_below_the_histogram(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    run = str(tmp_path / "run")
+    settings = ["--epochs", "3", "--width", "16", "--blocks", "2", "--ema", "none", "--dropout", "0"]
+    assert main(["train", "pixel-cnn", "--data", "digits", "--out", run, *settings]) == 0
+    assert (tmp_path / "run" / "samples.png").exists()
+    capsys.readouterr()
+    assert main(["eval", run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["bits_per_dim"]
+    assert found < baselines(genkern.data.load("digits"))["per-pixel histogram"]

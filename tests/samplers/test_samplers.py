@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from genkern import random
+from genkern.ops import sampler_step
 from genkern.samplers import (
     DDIM,
     DDPM,
@@ -302,6 +303,20 @@ def test_inpainting_keeps_the_image_outside_the_mask(make):
         torch.testing.assert_close(given * (1 - mask), noisy * (1 - mask), rtol=1e-4, atol=1e-4)
 
 
+def test_samples_at_different_steps_of_different_schedules():
+    """One call for a batch whose samples are elsewhere: as each of them alone."""
+    solvers = [DPMSolverMultistep(PRESERVING, 8), DPMSolverMultistep(Schedule.linear(), 5), UniPC(FLOW, 6, order=1)]
+    tables = [s.table(s.rows(s.grid)).float() for s in solvers]
+    first = [0, len(tables[0]), len(tables[0]) + len(tables[1])]
+    at = torch.tensor([first[0] + 3, first[1] + 1, first[2] + 4, first[0] + 7])
+    x, m, h = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))
+    keys = random.split(random.key(1), 4)
+    new, kept = sampler_step(x, m, torch.cat(tables), at, h, noise=True, key=keys)
+    for i, (solver, row) in enumerate([(0, 3), (1, 1), (2, 4), (0, 7)]):
+        alone = sampler_step(*(t[i : i + 1] for t in (x, m)), tables[solver], row, h[i : i + 1], noise=True, key=keys[i : i + 1])
+        assert torch.equal(new[i : i + 1], alone[0]) and torch.equal(kept[i : i + 1], alone[1])
+
+
 def test_low_precision_models_and_no_gradients():
     start = torch.randn(2, 6)
     seen = []
@@ -340,6 +355,9 @@ def test_refusals():
         (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), unconditional={})),
         (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), mask=torch.ones(3))),
         (ValueError, lambda: DDIM(PRESERVING).sample(lambda x, t: x[:1], (2, 3))),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, image=torch.zeros(2, 3), mask=torch.ones(4, 2, 3))),
+        (ValueError, lambda: DDIM(PRESERVING, threshold=1.5)),
+        (ValueError, lambda: DDIM(PRESERVING).sample(model, (2, 3), guidance_scale=2.0, guidance_rescale=1.5)),
         (ValueError, lambda: DDIM(PRESERVING, clip=-1.0)),
         (ValueError, lambda: DDPM(PRESERVING, 4).sample(model, start=torch.zeros(3, 2), key=random.split(random.key(0), 2))),
         (ValueError, lambda: DDPM(PRESERVING, 4).sample(model, start=torch.zeros(3, 2), noise=lambda i: torch.zeros(1, 2))),

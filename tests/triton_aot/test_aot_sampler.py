@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 
+from genkern.ops.diffusion._q_sample_triton import q_sample_kernel  # noqa: E402
 from genkern.ops.diffusion._sampler_step_moments_triton import moments_kernel  # noqa: E402
 from genkern.ops.diffusion._sampler_step_triton import step_kernel  # noqa: E402
 
@@ -49,3 +50,14 @@ def _hold(code, *accesses):
     assert code.registers <= 128
     for access in accesses:
         assert any(o.startswith(access) for o in code.opcodes)
+
+
+@pytest.mark.parametrize("dtype, arch", [("*fp32", 80), ("*bf16", 90), ("*fp32", 120)])
+def test_q_sample(dtype, arch):
+    tensors = ("x0", "noisy", "target")
+    types = {name: dtype for name in tensors} | {name + "_stride": "i32" for name in tensors}
+    types |= {"alpha": "*fp32", "sigma": "*fp32", "key": "*i64", "rows": "i32", "width": "i32"}
+    constants = dict(
+        ON_X=0, SIGMA_ON_X=-1, ON_EPS=0, ALPHA_ON_EPS=1, DTYPE=tl.float32, KEY_STRIDE=0, ALIGNED=True, ROWS=1, COLUMNS=1024
+    )
+    _hold(compile_kernel(q_sample_kernel, types, constants, arch, unaligned=("rows",)), "LDG.E.128", "STG.E.128")

@@ -110,7 +110,7 @@ class Pixels(Model):
             if cached:
                 output, state = self.step(values, state)
             else:
-                x = 2 * images.to(uniforms.dtype) / c.levels - 1
+                x = 2 * images.to(state.image.dtype) / c.levels - 1
                 output = head.of_step(self.predict(x, labels)[:, :, row, column], t)
             values = head.draw(output, uniforms[:, t], temperature)
             if mask is not None:
@@ -129,10 +129,11 @@ class Pixels(Model):
         """(parameters of the next value's distribution, the state). values: integers in 0..levels, those decided since, None at first.
 
         Levels: one value a step, (N,) or (N, 1), answer (N, levels + 1) logits. Mixture: one pixel a step, (N, C), answer
-        (N, head.outputs).
-        Equals predict() at that pixel up to the rounding of torch's matrix products, which sum in another order than its convolutions:
-        about 1e-6 of the numbers in float32. A state is used up by the step that takes it.
+        (N, head.outputs). Equals predict() at that pixel up to the rounding of torch's matrix products, which sum in another order than
+        its convolutions: about 1e-6 of the numbers in float32. A state is used up by the step that takes it.
         """
+        if state.steps + 1 >= self.config.size**2 * self.head.steps:
+            raise ValueError(f"{type(self).__name__}: step: the image has no more values to decide")
         if values is not None:
             (row, column), colors = self._position(state.steps)
             state.image[:, colors, row, column] = 2 * values.reshape(len(values), -1).to(state.image.dtype) / self.config.levels - 1

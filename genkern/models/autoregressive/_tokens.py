@@ -14,28 +14,32 @@ class Tokens:
     """p(x) = product over t of p(x_t | x_1 .. x_{t-1}); bytes by default. The first token follows a start symbol.
 
     A model supplies _run(tokens (N, T), state) -> (logits (N, T', vocabulary), state), the logits of the token after each input. Where
-    state is None the start symbol is put first and T' = T + 1, else T' = T.
+    state is None the start symbol is put first and T' = T + 1, else T' = T. A model without it (`starts` False) needs a token to begin
+    with, and its probabilities are those of the tokens after the first.
     """
+
+    starts = True
 
     def forward(self, batch, *, key=None):
         """.loss: -log p per token, the mean over the batch, nats; .parts: nll, the same. batch (N, T): integers, such as bytes.
 
         key: taken from the shared training loop; the loss draws nothing.
         """
-        nll = -self.log_prob(batch).mean() / batch.shape[1]
+        nll = -self.log_prob(batch).mean() / (batch.shape[1] - (not self.starts))
         return Output(nll, {"nll": nll.detach()})
 
     def log_prob(self, batch, *, key=None):
         """log p(x), nats per sequence: (N,). With gradients. key: of bounds that draw; this is exact."""
         tokens = self._checked(batch)
-        if tokens.shape[1] == 0:
-            raise ValueError(f"{type(self).__name__}: sequences must hold a token, got shape {tuple(batch.shape)}")
+        if tokens.shape[1] <= (not self.starts):
+            raise ValueError(f"{type(self).__name__}: sequences must hold a token to predict, got shape {tuple(batch.shape)}")
         logits, _ = self._run(tokens[:, :-1], None)
+        tokens = tokens if self.starts else tokens[:, 1:]
         return -F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none").sum(1)
 
     def bits_per_dim(self, batch, *, key=None):
         """-log p / (T ln 2): bits per token, (N,); of bytes, bits per character."""
-        return -self.log_prob(batch) / (batch.shape[1] * math.log(2))
+        return -self.log_prob(batch) / ((batch.shape[1] - (not self.starts)) * math.log(2))
 
     @torch.no_grad()
     def step(self, tokens, state=None):
@@ -45,8 +49,8 @@ class Tokens:
         about 1e-5 of the logits in float32. A state is used up by the step that takes it.
         """
         tokens = self._checked(tokens.unsqueeze(1) if tokens.dim() == 1 else tokens)
-        if state is not None and tokens.shape[1] == 0:
-            raise ValueError(f"{type(self).__name__}: step needs a token where there is a state")
+        if tokens.shape[1] == 0 and (state is not None or not self.starts):
+            raise ValueError(f"{type(self).__name__}: step needs a token, but for the start symbol")
         logits, state = self._run(tokens, state)
         return logits[:, -1], state
 
@@ -107,7 +111,7 @@ class Tokens:
 
     def _inputs(self, tokens, state):
         """tokens with the start symbol, number `vocabulary`, put first where there is no state."""
-        return F.pad(tokens, (1, 0), value=self.config.vocabulary) if state is None else tokens
+        return F.pad(tokens, (1, 0), value=self.config.vocabulary) if state is None and self.starts else tokens
 
     def _checked(self, tokens):
         name, size = type(self).__name__, self.config.vocabulary

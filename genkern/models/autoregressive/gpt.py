@@ -1,7 +1,10 @@
 """GPT: a decoder-only transformer over bytes (Radford et al., 2019): pre-norm blocks of causal attention and a GELU network."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +21,8 @@ class GPTConfig:
     layers: int = 4
     heads: int = 4
     dropout: float = 0.0
+    activation: str = "gelu"  # "gelu_tanh": its approximation, as in GPT-2
+    start: bool = True  # sequences follow a start symbol; False: as in GPT-2, the first token is given
 
 
 class GPT(Tokens, Model):
@@ -25,10 +30,14 @@ class GPT(Tokens, Model):
 
     Learned positions, the embedding tied to the output, residual projections initialised smaller by sqrt(2 layers). Steps keep keys
     and values of every layer, so that a token costs one pass over the weights; they are written in place into the state.
+
+    from_gpt2(folder) and from_nanogpt(file) read the checkpoints of transformers' GPT2LMHeadModel and of nanoGPT.
     """
 
     Config = GPTConfig
-    defaults = Training(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=1.0)
+    defaults = Training(
+        epochs=10, batch_size=32, learning_rate=2e-3, weight_decay=0.1, warmup=50, schedule="cosine", clip_grad_norm=1.0
+    )
 
     @classmethod
     def config_for(cls, data, **settings):
@@ -38,9 +47,12 @@ class GPT(Tokens, Model):
     def __init__(self, config):
         super().__init__(config)
         c = config
+        if c.activation not in ("gelu", "gelu_tanh"):
+            raise ValueError(f"GPT: activation must be 'gelu' or 'gelu_tanh', got {c.activation!r}")
+        self.starts = c.start
         if c.width % c.heads:
             raise ValueError(f"GPT: width must be a multiple of heads, got {c.width} and {c.heads}")
-        self.embedding = nn.Embedding(c.vocabulary + 1, c.width)  # the last one is the start symbol
+        self.embedding = nn.Embedding(c.vocabulary + c.start, c.width)  # the last one is the start symbol
         self.position = nn.Parameter(torch.empty(c.context, c.width))
         self.blocks = nn.ModuleList(_Block(c) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
@@ -65,11 +77,82 @@ class GPT(Tokens, Model):
         x = F.dropout(x, c.dropout, self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], seen)
-        return F.linear(self.norm(x), self.embedding.weight[:-1]), (seen + length, cache)
+        return F.linear(self.norm(x), self.embedding.weight[: c.vocabulary]), (seen + length, cache)
 
     def _check_length(self, length):
         if length > self.config.context:
             raise ValueError(f"GPT: sequences must hold at most context = {self.config.context} tokens, got {length}")
+
+    # ---- checkpoints of others
+
+    @classmethod
+    def from_gpt2(cls, folder):
+        """The model of a local folder of transformers' GPT2LMHeadModel (config.json and model.safetensors), in evaluation mode."""
+        folder = Path(folder)
+        try:
+            found = json.loads((folder / "config.json").read_text())
+            facts = {
+                "vocabulary": found["vocab_size"], "context": found["n_positions"], "width": found["n_embd"],
+                "layers": found["n_layer"], "heads": found["n_head"],
+            }  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"GPT: {folder / 'config.json'} is no config of a GPT-2: {error}") from error
+        activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+        known = {
+            "activation_function": (None, *activations), "layer_norm_epsilon": (None, 1e-5), "n_inner": (None, 4 * facts["width"]),
+            "scale_attn_weights": (None, True), "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": (None, False),
+        }  # fmt: skip
+        for name, values in known.items():
+            if found.get(name) not in values:
+                raise ValueError(f"GPT: {folder / 'config.json'} has {name} {found[name]!r}, which this GPT does not know")
+        activation = activations[found.get("activation_function") or "gelu_new"]
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
+        return cls._of_gpt2({name: x.t() if name.endswith(turned) else x for name, x in weights.items()}, activation, facts)
+
+    @classmethod
+    def from_nanogpt(cls, file, activation="gelu"):
+        """The model of a local checkpoint of nanoGPT (ckpt.pt), in evaluation mode. Nothing in the file is executed."""
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            weights, found = stored["model"], stored["model_args"]
+            facts = {
+                "vocabulary": found["vocab_size"], "context": found["block_size"], "width": found["n_embd"],
+                "layers": found["n_layer"], "heads": found["n_head"],
+            }  # fmt: skip
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"GPT: {file} is no checkpoint of nanoGPT: {error}") from error
+        return cls._of_gpt2({name.removeprefix("_orig_mod."): x for name, x in weights.items()}, activation, facts)
+
+    @classmethod
+    def _of_gpt2(cls, weights, activation, facts):
+        """Weights under GPT-2's names, as torch.nn.Linear has them; biases that are missing are zero."""
+        names = {
+            "wte.weight": "embedding.weight", "wpe.weight": "position", "ln_1": "attention_norm",
+            "attn.c_attn": "qkv", "attn.c_proj": "attention_out", "ln_2": "norm", "mlp.c_fc": "up", "mlp.c_proj": "down",
+        }  # fmt: skip
+        model = cls(GPTConfig(**facts, activation=activation, start=False))
+        state = {name: torch.zeros_like(x) for name, x in model.state_dict().items() if name.endswith("bias")}
+        head = weights.get("lm_head.weight")
+        for name, x in weights.items():
+            name = name.removeprefix("transformer.")
+            if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):  # tied; masks
+                continue
+            if name in names:
+                state[names[name]] = x
+            elif name.startswith("ln_f."):
+                state["norm." + name[5:]] = x
+            else:
+                _, layer, rest = (*name.split(".", 2), "", "")[:3]
+                module, _, kind = rest.rpartition(".")
+                state[f"blocks.{layer}.{names.get(module, module)}.{kind}"] = x
+        if head is not None and not torch.equal(head, state["embedding.weight"]):
+            raise ValueError("GPT: the checkpoint's output weights differ from its embedding; this GPT ties them")
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"GPT: the checkpoint cannot be used: {' '.join(str(error).split())}") from error
+        return model.eval()
 
 
 class _Block(nn.Module):
@@ -79,6 +162,7 @@ class _Block(nn.Module):
         self.attention_norm, self.norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.qkv = nn.Linear(c.width, 3 * c.width)
         self.attention_out = nn.Linear(c.width, c.width)
+        self.approximate = "tanh" if c.activation == "gelu_tanh" else "none"
         self.up, self.down = nn.Linear(c.width, 4 * c.width), nn.Linear(4 * c.width, c.width)
 
     def forward(self, x, cache, seen):
@@ -94,4 +178,4 @@ class _Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not seen)
         mixed = mixed.transpose(1, 2).reshape(n, length, width)
         x = x + F.dropout(self.attention_out(mixed), self.dropout, self.training)
-        return x + F.dropout(self.down(F.gelu(self.up(self.norm(x)))), self.dropout, self.training)
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm(x)), approximate=self.approximate)), self.dropout, self.training)

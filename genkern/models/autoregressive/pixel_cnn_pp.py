@@ -36,7 +36,7 @@ class PixelCNNpp(Pixels):
     """PixelCNNpp(PixelCNNppConfig()): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]; figures in nats."""
 
     Config = PixelCNNppConfig
-    defaults = Training(epochs=10, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=50, clip_grad_norm=1.0, ema=0.99)
+    defaults = Training(epochs=3, batch_size=8, learning_rate=2e-3, schedule="cosine", warmup=50, clip_grad_norm=1.0, ema=0.99)
 
     def __init__(self, config):
         super().__init__(config)

@@ -57,7 +57,7 @@ class WaveNet(Model):
     """
 
     Config = WaveNetConfig
-    defaults = Training(epochs=20, batch_size=8, learning_rate=2e-3, schedule="cosine", clip_grad_norm=1.0)
+    defaults = Training(epochs=12, batch_size=8, learning_rate=3e-3, schedule="cosine", clip_grad_norm=1.0)
 
     @classmethod
     def config_for(cls, data, **settings):
@@ -193,7 +193,7 @@ class WaveNet(Model):
     def network(self, x, state=None, labels=None, condition=None, *, begins=True):
         """(parameters (N, P, T'), state) of the samples after x (N, 1, T), quantized; begins: a silent one is before x, T' = T + 1.
 
-        state: {convolution: its own}, empty at first; None: a parallel pass, which has gradients and keeps none.
+        state: {convolution, or two: its own}, empty at first; None: a parallel pass, which has gradients and keeps none.
         """
         c = self.config
         if (labels is None) != (not c.classes) or (condition is None) != (not c.condition):
@@ -212,6 +212,14 @@ class WaveNet(Model):
             out, state[convolution] = convolution.step(x, state.get(convolution))
             return out
 
+        def joined(a, b, x):  # two 1x1 convolutions of one input: steps take them as one
+            if state is None:
+                return a(x), b(x)
+            both, its_state = state.get((a, b)) or (_joined(a, b), None)
+            out, its_state = both.step(x, its_state)
+            state[a, b] = both, its_state
+            return out.split([a.out_channels, b.out_channels], 1)
+
         if c.head == "softmax":  # what the 1x1 convolution does with one-hot vectors
             first = self.first_conv
             x = F.embedding(self._index(x)[:, 0], first.weight[..., 0].t()).transpose(1, 2) + first.bias[:, None]
@@ -220,7 +228,7 @@ class WaveNet(Model):
         g = self.embed_speakers(labels)[..., None] if c.classes else None
         total = 0
         for layer in self.conv_layers:
-            x, skip = layer(x, condition, g, through)
+            x, skip = layer(x, condition, g, through, joined)
             total = total + skip
         relu, one, _, two = self.last_conv_layers
         return through(two, relu(through(one, relu(total * math.sqrt(1 / c.layers))))), state
@@ -284,9 +292,16 @@ class _Layer(nn.Module):
         self.conv1x1_skip = CausalConv1d(c.gate // 2, c.skip, 1)
         self.dropout = c.dropout
 
-    def forward(self, x, condition, g, through):
-        """(next x (N, residual, T), skip (N, skip, T)); through(convolution, input) is a parallel pass or a step of it."""
+    def forward(self, x, condition, g, through, joined):
+        """(next x (N, residual, T), skip (N, skip, T)); through(convolution, input) and joined() are parallel passes or steps."""
         h = through(self.conv, F.dropout(x, self.dropout, self.training))
         projected = [through(one, c) for one, c in ((self.conv1x1c, condition), (self.conv1x1g, g)) if one is not None]
         z = gated_activation(h, sum(projected[1:], projected[0]) if projected else None)
-        return (through(self.conv1x1_out, z) + x) * math.sqrt(0.5), through(self.conv1x1_skip, z)
+        out, skip = joined(self.conv1x1_out, self.conv1x1_skip, z)
+        return (out + x) * math.sqrt(0.5), skip
+
+
+def _joined(a, b):
+    both = CausalConv1d(a.in_channels, a.out_channels + b.out_channels, 1).requires_grad_(False)
+    both.weight.data, both.bias.data = torch.cat([a.weight, b.weight]), torch.cat([a.bias, b.bias])
+    return both

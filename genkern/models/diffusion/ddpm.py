@@ -91,6 +91,7 @@ class DDPM(Model):
         key=None,
         generator=None,
         batch_size=256,
+        callback=None,
         sampler: str = "dpmpp_2m",
         steps: int = 20,
         guidance_scale: float = 1.0,
@@ -106,24 +107,42 @@ class DDPM(Model):
         guidance_scale  1: none; above: more of the label, less variety. guidance_rescale: as in Sampler.sample
         eta             fresh noise of "ddim" and "euler_a"
         sigmas, spacing which points of the schedule are visited (Schedule.grid)
+        callback        called with what the network sees, noise first, at every evaluation
 
         Each image has its own key, so image i depends on (key, i), not on n or batch_size (up to the rounding of sums).
         """
-        options = {"eta": eta, "sigmas": sigmas, "spacing": spacing}
-        chain = self._sampler(sampler, steps, options)
-        result = self._denoise(n, labels, key, generator, batch_size, chain, guidance_scale, guidance_rescale)
+        name, c, shape = type(self).__name__, self.config, self._diffused_shape()
+        if guidance_scale != 1 and not c.classes:
+            raise ValueError(f"{name}: guidance_scale needs a model with classes")
+        options = {"clip": self._clip(), "eta": eta, "sigmas": sigmas, "spacing": spacing}
+        chain = samplers.by_name(sampler, self.process.schedule, steps, **options)
+        keys = self.sample_keys(n, key, generator)
+        labels = self._labels(labels, n, keys.device)
+        result = torch.empty(n, *shape, device=keys.device)
+
+        def network(x, t, labels=None):
+            if callback is not None:
+                callback((x if guidance_scale == 1 else x[len(x) // 2 :]).clone())  # under guidance the batch is there twice
+            return self._network(x, t, labels)
+
+        for start in range(0, n, batch_size):
+            k = keys[start : start + batch_size]
+            settings = {}
+            if c.classes:
+                settings["conditions"] = {"labels": labels[start : start + batch_size]}
+            if guidance_scale != 1:
+                settings["unconditional"] = {"labels": torch.full_like(settings["conditions"]["labels"], c.classes)}
+                settings |= {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+            result[start : start + len(k)] = chain.sample(network, (len(k), *shape), key=k, device=k.device, **settings)
         return self._levels(result)
 
     @torch.no_grad()
-    def denoising(self, n, *, columns=9, labels=None, key=None, generator=None, sampler="dpmpp_2m", steps=20, guidance_scale=1.0,
-                  guidance_rescale=0.0, eta=None, sigmas=None, spacing="trailing"):  # fmt: skip
-        """The way from noise to image, uint8 (n, columns, C, H, W): column 0 is noise, the last one what sample() returns."""
-        chain = self._sampler(sampler, steps, {"eta": eta, "sigmas": sigmas, "spacing": spacing})
+    def denoising(self, n, *, columns=9, **options):
+        """The way from noise to image, uint8 (n, columns, C, H, W): column 0 is noise, the last one what sample(n, **options) gives."""
         seen = []
-        result = self._denoise(n, labels, key, generator, max(n, 1), chain, guidance_scale, guidance_rescale, seen)
-        states = [*seen, result]
-        chosen = [states[round(i * (len(states) - 1) / max(columns - 1, 1))] for i in range(columns)]
-        return torch.stack([self._levels(x) for x in chosen], 1)
+        last = self.sample(n, **options, batch_size=max(n, 1), callback=seen.append)
+        chosen = [seen[i * len(seen) // (columns - 1)] for i in range(columns - 1)]
+        return torch.stack([*(self._levels(x) for x in chosen), last], 1)
 
     def labels_in_turn(self, n):
         """Labels of n images that show all classes, for pictures; None for a model without."""
@@ -165,38 +184,6 @@ class DDPM(Model):
     def _network(self, x, t, labels=None):
         """The UNet's prediction. Its embedding of the time is made for 0..1000; ln(sigma) / 4 of "edm" is stretched."""
         return self.unet(x, t * 250 if self.process.schedule.kind == "edm" else t, labels)
-
-    def _sampler(self, name, steps, options):
-        return samplers.by_name(name, self.process.schedule, steps, clip=self._clip(), **options)
-
-    def _denoise(self, n, labels, key, generator, batch_size, chain, guidance_scale, guidance_rescale, seen=None):
-        """n samples of what is diffused. seen: a list that gets what the network sees at each evaluation."""
-        c, keys, shape = self.config, self.sample_keys(n, key, generator), self._diffused_shape()
-        if guidance_scale != 1 and not c.classes:
-            raise ValueError(f"{type(self).__name__}: guidance_scale needs a model with classes")
-        labels = self._labels(labels, n, keys.device)
-        result = torch.empty(n, *shape, device=keys.device)
-
-        def network(x, t, **conditions):
-            if seen is not None:
-                seen.append(x[-n:].clone())
-            return self._network(x, t, **conditions)
-
-        for start in range(0, n, batch_size):
-            k = keys[start : start + batch_size]
-            conditions = {"labels": labels[start : start + batch_size]} if c.classes else {}
-            guidance = {}
-            if guidance_scale != 1:
-                without = torch.full_like(conditions["labels"], c.classes)
-                guidance = {
-                    "guidance_scale": guidance_scale,
-                    "guidance_rescale": guidance_rescale,
-                    "unconditional": {"labels": without},
-                }
-            result[start : start + len(k)] = chain.sample(
-                network, (len(k), *shape), key=k, device=k.device, conditions=conditions, **guidance
-            )
-        return result
 
     def _labels(self, labels, n, device):
         """int64 (n,) or (n, L), the number of classes standing for no label and for padding; None for a model without classes."""

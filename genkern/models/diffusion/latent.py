@@ -37,7 +37,7 @@ class LatentDiffusion(DDPM):
     """LatentDiffusion(LatentDiffusionConfig(classes=10)): images and labels as for DDPM, whose sampling it shares."""
 
     Config = LatentDiffusionConfig
-    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=1.0, ema=0.995)
+    defaults = Training(epochs=40, batch_size=64, learning_rate=1e-3, clip_grad_norm=1.0, ema=0.995)
     sigma_data = 1.0
 
     def __init__(self, config):

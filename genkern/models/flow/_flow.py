@@ -23,7 +23,7 @@ class FlowConfig:
     shape: tuple = (1, 8, 8)  # of one input: (channels, height, width), or (features,)
     levels: int | None = 255  # uint8 inputs hold 0..levels; None: float inputs
     classes: int = 0  # labels 0..classes - 1 condition the model; 0: they are not used
-    transform: str = "center"  # of v in [0, 1): v - 1/2, or "logit": ln of alpha + (1 - 2 alpha) v over one minus that
+    transform: str = "logit"  # of v in [0, 1): "logit" of 0.05 + 0.9 v (RealNVP), or "center": v - 1/2 (Glow)
     backward: str = "store"  # or "invert" or "checkpoint": less memory in training (genkern.nn.InvertibleSequence)
 
 

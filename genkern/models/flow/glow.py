@@ -22,8 +22,8 @@ from genkern.nn import ActNorm, AdditiveCoupling, AffineCoupling, InvertibleConv
 @dataclass
 class GlowConfig(FlowConfig):
     scales: int = 2  # levels; height and width are multiples of 2^scales
-    steps: int = 8  # of each level
-    width: int = 64  # hidden channels of the networks
+    steps: int = 6  # of each level
+    width: int = 48  # hidden channels of the networks
     coupling: str = "affine"  # or "additive"
     positions: bool = True  # the networks also learn a number per position; False: as in the paper, for images of anything anywhere
     plu: bool = True  # the 1 x 1 convolutions as P L U; False: as whole matrices
@@ -33,7 +33,7 @@ class Glow(FlowModel):
     """Glow(GlowConfig(shape=(3, 32, 32), scales=3, steps=16)): images; classes=10 makes the networks and the prior depend on labels."""
 
     Config = GlowConfig
-    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=100.0, warmup=50, ema=0.99)
+    defaults = Training(epochs=30, batch_size=64, learning_rate=3e-3, schedule="cosine", clip_grad_norm=100.0, warmup=50, ema=0.99)
 
     @classmethod
     def config_for(cls, data, **settings):

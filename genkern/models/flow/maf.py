@@ -17,7 +17,6 @@ from genkern.nn import ActNorm, Flip, Inverse, InvertibleSequence, MaskedAutoreg
 
 @dataclass
 class MAFConfig(FlowConfig):
-    transform: str = "logit"
     steps: int = 5  # autoregressive layers, each in the reverse order of the one before
     hidden: tuple = (256, 256)  # widths of the hidden layers of the masked networks
 

@@ -32,7 +32,7 @@ class NeuralSplineFlow(FlowModel):
     """NeuralSplineFlow(NeuralSplineFlowConfig(shape=(2,), levels=None)): images or points."""
 
     Config = NeuralSplineFlowConfig
-    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=100.0, warmup=50, ema=0.99)
+    defaults = Training(epochs=30, batch_size=64, learning_rate=3e-3, schedule="cosine", clip_grad_norm=100.0, warmup=50, ema=0.99)
 
     def __init__(self, config):
         super().__init__(config)

@@ -17,7 +17,6 @@ from genkern.nn import ActNorm, AffineCoupling, Flip, InvertibleSequence, Squeez
 
 @dataclass
 class RealNVPConfig(FlowConfig):
-    transform: str = "logit"
     scales: int = 2  # of images; height and width are multiples of 2^(scales - 1)
     couplings: int = 6  # of points
     width: int = 32  # hidden channels of the networks (units for points)

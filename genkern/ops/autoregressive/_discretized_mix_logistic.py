@@ -1,4 +1,4 @@
-"""discretized_mix_logistic_nll: the likelihood of PixelCNN++; discretized_mix_logistic_sample: a draw from it."""
+"""discretized_mix_logistic_nll: the likelihood of PixelCNN++; _sample: a draw from it; _cdf: what an entropy coder needs."""
 
 import math
 
@@ -94,6 +94,62 @@ def discretized_mix_logistic_sample(
         value = (centre + scale[:, c] * noise[:, c]).clamp(-1, 1)
         x.append(value if levels is None else ((value + 1) * ((levels - 1) / 2)).round() * (2 / (levels - 1)) - 1)
     return torch.stack(x, 1).to(working_type(params))
+
+
+def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=256, min_log_scale=-7.0):
+    """P(level <= i | the colours before) of that mixture, for an entropy coder: (N, levels, ...), never falling, 1 at the last level.
+
+    params          as above
+    previous        (N, c, ...) in [-1, 1]: the c colours of each pixel that are decided, for the distribution of colour number c. They
+                    move its mean and, by Bayes' rule, the weights of the mixtures. None: of the first colour
+    levels, min_log_scale
+                    as above; the differences are the probabilities of mode "exact"
+
+    Returns float32 (float64 if params or previous are). In plain torch on every device.
+    """
+    op = "discretized_mix_logistic_cdf"
+    check_float(op, "params", params)
+    check_choice(op, "channels", channels, (1, 3))
+    _check_levels(op, levels)
+    k = _mixtures(op, params, channels)
+    if previous is None:
+        previous = params.new_zeros(params.shape[0], 0, *params.shape[2:])
+    check_float(op, "previous", previous)
+    color = previous.shape[1] if previous.dim() > 1 else channels
+    if color >= channels:
+        raise ValueError(f"{op}: previous must hold at most {channels - 1} of {channels} channels, got {tuple(previous.shape)}")
+    check_shape(op, "previous", previous, (params.shape[0], color, *params.shape[2:]))
+    params, previous = in_working_type(params, previous)
+    logits, means, log_scales, coefficients = _split(params, channels, k)
+    logits = logits.log_softmax(1)
+    for c in range(color):  # the mixtures' weights given the colour c
+        ahead = logits + _log_bin(previous[:, c], *_of_color(c, previous, means, log_scales, coefficients, min_log_scale), levels)
+        logits = ahead.log_softmax(1)
+    mean, log_scale = _of_color(color, previous, means, log_scales, coefficients, min_log_scale)
+    inverse = torch.exp(-log_scale)
+    upper = (torch.arange(levels - 1, dtype=params.dtype, device=params.device) * 2 + 1) / (levels - 1) - 1  # of all bins but the last
+    upper = upper.view(-1, 1, *[1] * (params.dim() - 2))  # against (N, 1, K, ...)
+    below = (logits.exp().unsqueeze(1) * torch.sigmoid((upper - mean.unsqueeze(1)) * inverse.unsqueeze(1))).sum(2)
+    return torch.cat([below.clamp(max=1).cummax(1).values, torch.ones_like(below[:, :1])], 1)
+
+
+def _of_color(c, x, means, log_scales, coefficients, min_log_scale):
+    """(means, log scales) of colour c, each (N, K, ...), given the colours of x before it."""
+    mean = means[:, c]
+    if c == 1:
+        mean = mean + torch.tanh(coefficients[:, 0]) * x[:, :1]
+    elif c == 2:
+        mean = mean + torch.tanh(coefficients[:, 1]) * x[:, :1] + torch.tanh(coefficients[:, 2]) * x[:, 1:2]
+    return mean, log_scales[:, c].clamp(min=min_log_scale)
+
+
+def _log_bin(x, mean, log_scale, levels):
+    """The log-probability of the bin around x (N, ...) under each mixture (N, K, ...)."""
+    softplus, h, x = torch.nn.functional.softplus, 1 / (levels - 1), x.unsqueeze(1)
+    inverse, edge = torch.exp(-log_scale), 1 - h / 4
+    a, b = inverse * (x - mean + h), inverse * (x - mean - h)
+    inside = torch.log(-torch.expm1(-2 * h * inverse)) - softplus(-a) - softplus(b)
+    return torch.where(x < -edge, -softplus(-a), torch.where(x > edge, -softplus(b), inside))
 
 
 def _check_levels(op, levels):

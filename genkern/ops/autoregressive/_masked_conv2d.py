@@ -39,13 +39,13 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
         check_device(op, "bias", bias, "x", x)
     dtype = promoted(x, weight, bias)
     x, weight = x.to(dtype), weight.to(dtype)
-    y = None if bias is None else bias.to(dtype)[:, None, None]
-    for part in _parts(x, weight, mask_type, colors, layout):
-        y = part if y is None else y + part
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    bias = None if bias is None else bias.to(dtype)
+    y = None
+    for part, bias_left in _parts(x, weight, bias, mask_type, colors, layout):
+        y, bias = part if y is None else y + part, bias_left
     if y is None:  # a 1x1 kernel of type A
-        return x.new_zeros(shape)
-    return y.expand(shape).clone() if y.shape != shape else y
+        y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
+    return y if bias is None else y + bias[:, None, None]
 
 
 def check_channels(op, mask_type, colors, layout, channels, channels_out):
@@ -62,21 +62,23 @@ def check_kernel(op, size):
         raise ValueError(f"{op}: the kernel sizes must be odd, got {tuple(size)}")
 
 
-def _parts(x, weight, mask_type, colors, layout):
-    """The summands: rows above, the current row, and with colours the current pixel."""
+def _parts(x, weight, bias, mask_type, colors, layout):
+    """The summands: rows above, the current row, and with colours the current pixel; each with the bias that it leaves to be added."""
     height, width = x.shape[2:]
     rows, columns = (k // 2 for k in weight.shape[2:])
     if rows and height > 1:  # the last row of x is above no other
         above = F.pad(x[:, :, : height - 1], (columns, columns, rows, 0))
-        yield F.conv2d(above, weight[:, :, :rows].contiguous())  # torch is slow on a strided weight
+        yield F.conv2d(above, weight[:, :, :rows].contiguous(), bias), None  # torch is slow on a strided weight
+        bias = None
     row = weight[:, :, rows : rows + 1]
     if mask_type == "B" and colors == 1:
-        yield F.conv2d(F.pad(x, (columns, 0)), row[..., : columns + 1].contiguous())
+        yield F.conv2d(F.pad(x, (columns, 0)), row[..., : columns + 1].contiguous(), bias), None
         return
     if columns and width > 1:
-        yield F.conv2d(F.pad(x[..., : width - 1], (columns, 0)), row[..., :columns].contiguous())
+        yield F.conv2d(F.pad(x[..., : width - 1], (columns, 0)), row[..., :columns].contiguous(), bias), None
+        bias = None
     if colors > 1:
-        yield _pixel(x, row[:, :, 0, columns], mask_type, colors, layout)
+        yield _pixel(x, row[:, :, 0, columns], mask_type, colors, layout), bias
 
 
 def _pixel(x, weight, mask_type, colors, layout):

@@ -11,7 +11,7 @@ from genkern.ops._common import check_choice, check_device, check_float, check_s
 from genkern.testing._case import Case
 
 
-def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None, scale=None, shift=None, activation=None):
+def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None, scale=None, shift=None, activation=None, out=None):
     """y = act((norm(x + pre_bias) * weight + bias) * (1 + scale) + shift), norm(u) = (u - mean) / sqrt(variance + eps).
 
     Mean and (biased) variance are over the elements of `groups` equal groups of neighbouring channels of each sample (Wu & He, 2018,
@@ -27,6 +27,7 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     pre_bias, scale, shift
                     (N, C)
     activation      None or "silu"
+    out             where to write the result, (N, C, ...) of any of the types, its samples contiguous; may be x itself. No gradient
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if an input is), returned in the type of x.
     TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
@@ -56,7 +57,22 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
             check_device(op, name, tensor, "x", x)
     check_choice(op, "activation", activation, (None, "silu"))
     tensors = same_precision((x, x2, weight, bias, pre_bias, scale, shift))
-    return _op(*tensors, groups, float(eps), activation == "silu")
+    if out is None:
+        return _op(*tensors, groups, float(eps), activation == "silu")
+    check_float(op, "out", out)
+    check_shape(op, "out", out, (n, channels, *x.shape[2:]))
+    check_device(op, "out", out, "x", x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, out)):
+        raise ValueError(f"{op}: out has no gradient, but an input requires one")
+    if (out.dtype == torch.float64) != (tensors[0].dtype == torch.float64):
+        raise ValueError(f"{op}: float64 does not mix with narrower types: out is {out.dtype}, x is {tensors[0].dtype}")
+    if not (out.is_contiguous() or (out.numel() and out[0].is_contiguous())):
+        raise ValueError(f"{op}: the samples of out must be contiguous")
+    if x2 is not None and any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (x, x2)):
+        raise ValueError(f"{op}: out must not share memory with one of two inputs")
+    _out_op(*(None if t is None else t.detach() for t in tensors), groups, float(eps), activation == "silu", out)
+    torch.autograd.graph.increment_version([out])
+    return out
 
 
 def _reference(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
@@ -90,6 +106,25 @@ _op = Op(
     fake=_fake,
     differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
 )
+
+
+def _reference_out(*args):
+    args[-1].copy_(_reference(*args[:-1]))
+
+
+_out_op = Op(
+    "group_norm_act_out",
+    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+    "bool silu, Tensor(a!) out) -> ()",
+    reference=_reference_out,
+    fake=lambda *args: None,
+)
+
+
+def group_norm_act_out(x, groups, **options):
+    """group_norm_act in place of a copy of x, for cases."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    return group_norm_act(out, groups, out=out, **options)
 
 
 @functools.wraps(group_norm_act)
@@ -131,5 +166,16 @@ CASES = (
         bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
         bench_shapes=((8, 32, 8, 8), (16, 64, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32), (1, 128, 256, 256)),
         bench_variant={"activation": "silu"},
+    ),
+    Case(
+        group_norm_act_out,
+        _adaptive,
+        shapes=((2, 6, 5, 7), (0, 4, 3), (1, 4, 521)),
+        large=(3, 8, 5003),
+        variants=({"activation": "silu"},),
+        dtypes=(torch.float32, torch.bfloat16),
+        constants=None,
+        eager=lambda x, groups, weight, bias, **_: F.silu(F.group_norm(x, groups, weight, bias)),
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
     ),
 )

@@ -391,6 +391,25 @@ def _eager(x, model_output, table, step, h1):
     return x, y, torch.cat([x, x])
 
 
+def _peers():
+    """diffusers' own step in the middle of a run, with what pipelines do around it."""
+    import diffusers
+
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler.set_timesteps(20)
+    scheduler.set_begin_index(0)
+    scheduler._init_step_index(scheduler.timesteps[0])
+    t = scheduler.timesteps[10]
+
+    def step_of_diffusers(x, model_output, table, step, h1):
+        u, c = model_output.chunk(2)
+        scheduler._step_index, scheduler.lower_order_nums, scheduler.model_outputs = 10, 2, [h1, h1]
+        x = scheduler.step(u + 7.5 * (c - u), t, x, return_dict=False)[0]
+        return x, scheduler.model_outputs[-1], torch.cat([x, x])
+
+    return {"diffusers": step_of_diffusers}
+
+
 CASES = (
     Case(
         sampler_step,
@@ -400,6 +419,7 @@ CASES = (
         variants=({}, {"clip": 0.5, "next_input": True}),
         constants=None,
         eager=_eager,
+        peers=_peers,
         bytes=lambda shape, size: 8 * size * math.prod(shape),
         bench_shapes=((2, 4, 64, 64), (8, 3, 256, 256)),
         bench_variant={"next_input": True},

@@ -38,5 +38,5 @@ def actnorm(x, log_scale, shift, *, inverse=False, log_det=None):
         own = log_det + own
     over_channels = (-1, *[1] * (x.dim() - 2))
     log_scale, shift = log_scale.view(over_channels), shift.view(over_channels)
-    y = (x - shift) * torch.exp(-log_scale) if inverse else torch.addcmul(shift, x, torch.exp(log_scale))
+    y = (x - shift) * torch.exp(-log_scale) if inverse else (x * torch.exp(log_scale)).add_(shift)
     return y.to(dtype), own

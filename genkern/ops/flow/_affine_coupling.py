@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op
+from genkern.core._op import _row_dense
 from genkern.ops._common import (
     check_choice,
     check_device,
@@ -47,32 +48,62 @@ def affine_coupling(
     float32 stream takes bfloat16 params; log_det is float32 (float64 if an input is). TypeError, ValueError on anything else.
     Differentiable to any order; the backward pass starts from the inputs, nothing else is kept.
     """
-    check_float(_NAME, "x", x)
-    check_float(_NAME, "params", params, x.dim())
-    check_choice(_NAME, "scale", scale, SCALES)
-    check_choice(_NAME, "layout", layout, LAYOUTS)
-    check_device(_NAME, "params", params, "x", x)
+    args = _arguments(_NAME, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
+    y, own = _op(*args)
+    return y, own if log_det is None else log_det + own
+
+
+def affine_coupling_(
+    x, params, *, scale="exp", layout="shift_scale", shift_first=False, inverse=False, limit=None, mask=None, log_det=None
+):
+    """log_det of affine_coupling, whose y overwrites x: only the transformed elements are touched. For sampling and scoring: the
+    gradient needs the old x, so x and params must not require one (ValueError).
+
+    Arguments, types and errors as in affine_coupling; x must have the promoted type of x and params.
+    """
+    op = "affine_coupling_"
+    if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
+        raise ValueError(f"{op}: x is overwritten and the gradient would need it; use affine_coupling, or torch.no_grad()")
+    old, *args = _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
+    if promoted(x, params) != x.dtype:
+        raise TypeError(f"{op}: x must have the promoted type of x and params, got {x.dtype} and {params.dtype}")
+    if _row_dense(x):
+        own = _in_place(old, *args)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(x)
+    else:
+        y, own = _op(old, *args)
+        x.copy_(y)
+    return own if log_det is None else log_det + own
+
+
+def _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det):
+    """Those of the raw ops, checked."""
+    check_float(op, "x", x)
+    check_float(op, "params", params, x.dim())
+    check_choice(op, "scale", scale, SCALES)
+    check_choice(op, "layout", layout, LAYOUTS)
+    check_device(op, "params", params, "x", x)
     if x.dim() < 2:
-        raise ValueError(f"{_NAME}: x must be (N, C, ...), got shape {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must be (N, C, ...), got shape {tuple(x.shape)}")
     channels = params.shape[1] // 2
     if channels > x.shape[1] or params.shape != (x.shape[0], 2 * channels, *x.shape[2:]):
-        raise ValueError(f"{_NAME}: params must have shape (N, 2 C', ...), C' <= C, got {tuple(params.shape)} for x {tuple(x.shape)}")
-    _check_mask(_NAME, mask, x, channels)
+        raise ValueError(f"{op}: params must have shape (N, 2 C', ...), C' <= C, got {tuple(params.shape)} for x {tuple(x.shape)}")
+    _check_mask(op, mask, x, channels)
     if log_det is not None:
-        check_float(_NAME, "log_det", log_det)
-        check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")
+        check_float(op, "log_det", log_det)
+        check_shape(op, "log_det", log_det, x.shape[:1], "(N,)")
     if limit is None:
         limit = -math.log(1e-3) if scale == "soft_clip" else 2.0
     elif scale not in ("tanh", "soft_clip", "arctan") or not 0 < limit < math.inf:
-        raise ValueError(f'{_NAME}: limit must be positive, and scale "tanh", "soft_clip" or "arctan", got {limit} with {scale!r}')
+        raise ValueError(f'{op}: limit must be positive, and scale "tanh", "soft_clip" or "arctan", got {limit} with {scale!r}')
     limit = 0.636 * limit if scale == "arctan" else limit  # FrEIA's approximation of 2 / pi
     if layout == "interleaved":
         params = torch.cat([params[:, 0::2], params[:, 1::2]], 1)
     x, params = same_precision((x, params))
     if mask is not None:  # a number per element of a sample, which the kernels read like the other inputs
         mask = mask.expand(x.shape[1:]).to(x.device, working_type(x, params)).contiguous()
-    y, own = _op(x, params, mask, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit))
-    return y, own if log_det is None else log_det + own
+    return x, params, mask, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit)
 
 
 def additive_coupling(x, shift, *, inverse=False, mask=None):
@@ -97,13 +128,12 @@ def additive_coupling(x, shift, *, inverse=False, mask=None):
         raise ValueError(f"{op}: shift must have shape (N, C', ...), C' <= C, got {tuple(shift.shape)} for x {tuple(x.shape)}")
     _check_mask(op, mask, x, channels)
     dtype = promoted(x, shift)
-    kept = x.shape[1] - channels
-    old = x[:, kept:] if kept else x
+    kept, old = x.split([x.shape[1] - channels, channels], 1) if channels < x.shape[1] else (None, x)
     if x.dtype != shift.dtype:
         old, shift = in_working_type(old, shift)
     y = old - shift if inverse else old + shift
     y = (y if mask is None else torch.where(mask.to(x.device), y, old)).to(dtype)
-    return torch.cat([x[:, :kept].to(dtype), y], 1) if kept else y
+    return y if kept is None else torch.cat([kept.to(dtype), y], 1)
 
 
 def _check_mask(op, mask, x, channels):
@@ -158,6 +188,20 @@ _op = Op(
 )
 
 
+def _reference_in_place(x, *args):
+    y, log_det = _reference(x, *args)
+    x.copy_(y)
+    return log_det
+
+
+_in_place = Op(
+    "affine_coupling_",
+    "(Tensor(a!) x, Tensor params, Tensor? mask, int scale, bool scale_first, bool shift_first, bool inverse, float limit) -> Tensor",
+    reference=_reference_in_place,
+    fake=lambda x, params, *_: x.new_empty(x.shape[:1], dtype=working_type(x, params)),
+)
+
+
 def _eager(x, params):
     kept, x = x.chunk(2, 1)
     shift, raw = params.chunk(2, 1)
@@ -170,7 +214,22 @@ def _masked(make, shape):
     return {"x": make(shape), "params": make((shape[0], 2 * shape[1], *shape[2:])), "mask": mask}
 
 
+def _on_a_copy(x, params, **settings):
+    x = x.to(promoted(x, params), copy=True)
+    return x, affine_coupling_(x, params, **settings)
+
+
+_on_a_copy.__name__ = "affine_coupling_"
+
 CASES = (
+    Case(
+        _on_a_copy,
+        lambda make, shape: {"x": make(shape), "params": make((shape[0], shape[1] // 2 * 2, *shape[2:]))},
+        forms=(_masked,),
+        shapes=((3, 6, 5), (0, 4), (4, 3)),
+        variants=({"scale": "sigmoid", "shift_first": True}, {"scale": "arctan", "inverse": True, "layout": "scale_shift"}),
+        constants=None,
+    ),
     Case(
         affine_coupling,
         lambda make, shape: {"x": make(shape), "params": make((shape[0], shape[1] // 2 * 2, *shape[2:]))},

@@ -132,12 +132,21 @@ def _constants(mask, scale, shift_first, inverse, dtype):
 
 
 @implements("triton", "affine_coupling")
-def affine_coupling(x, params, mask, scale, scale_first, shift_first, inverse, limit):
-    work, dtype = lanes.working_type(x, params)
+def affine_coupling(x, params, *settings):
     y = torch.empty(x.shape, dtype=promoted(x, params), device=x.device)
+    return y, _transform(x, y, params, *settings)
+
+
+@implements("triton", "affine_coupling_")
+def affine_coupling_(x, params, *settings):
+    return _transform(x, x, params, *settings)
+
+
+def _transform(x, y, params, mask, scale, scale_first, shift_first, inverse, limit):
+    work, dtype = lanes.working_type(x, params)
     rows, width = x.shape[0], x[0:1].numel()
     if x.numel() == 0:
-        return y, x.new_zeros(rows, dtype=work)
+        return x.new_zeros(rows, dtype=work)
     sums = x.new_empty((rows, triton.cdiv(width, lanes.tile_shape(width)[1])), dtype=work)
     x_rows, y_rows, (shift, raw) = lanes.as_rows(x), lanes.as_rows(y), _halves(params, scale_first)
     strides = x_rows.stride(0), shift.stride(0), y_rows.stride(0), sums.stride(0)
@@ -145,7 +154,7 @@ def affine_coupling(x, params, mask, scale, scale_first, shift_first, inverse, l
         forward_kernel, x, rows, width, x_rows, shift, raw, mask, y_rows, sums, lanes.real(limit), *strides, width - shift.shape[1],
         **_constants(mask, scale, shift_first, inverse, dtype),
     )  # fmt: skip
-    return y, sums.sum(1, dtype=torch.float64).to(work)
+    return sums.sum(1, dtype=torch.float64).to(work)
 
 
 @implements("triton", "affine_coupling_backward")

@@ -61,7 +61,7 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
     A hidden unit is final once the inputs up to its degree are, so with each input just the units of its degree are computed and
     their contributions added to what comes after them: all in all the multiplications of about one pass.
 
-    element         (d, params_d) -> x_d (batch,); params_d is (batch, P), a view that is overwritten later. d is the position in x
+    element         (d, params_d) -> x_d (batch,); params_d is a view (batch, P). d is the position in x
     batch           N
     layers          ((weight, bias), ...) of the network, first to last, masked by `made_masks` or not: what lies under the masks is
                     never read. weight (O, I), bias (O,) or None. The last one has P D outputs
