@@ -20,4 +20,4 @@ class DCGAN(GAN):
     """
 
     Config = DCGANConfig
-    defaults = Training(epochs=100, batch_size=64, learning_rate=2e-3, ema=0.995)
+    defaults = Training(epochs=60, batch_size=64, learning_rate=2e-3, ema=0.995)

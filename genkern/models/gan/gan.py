@@ -5,10 +5,10 @@ A generator turns a latent z ~ N(0, I) into an image; a discriminator scores how
 once, and the generator at each `critic_steps`-th.
 
 What is kept: neither loss says how good the samples are, since each is measured against a moving opponent. So evaluate() returns as
-its "loss" the Frechet distance between as many generated images as it is given real ones, in the plain space of pixels, and fit()
-keeps the weights where that is least on the validation images. It sees means and covariances only, which is enough to tell a collapsed
-or diverged generator; genkern.metrics judges with an independent classifier. The generator that is evaluated, kept and sampled from
-is the average over training (Training.ema).
+its "loss" the Frechet distance between generated images and the real ones it is given, in the plain space of pixels, and fit() keeps
+the weights where that is least on the validation images. It sees means and covariances only, which is enough to tell a collapsed or
+diverged generator; genkern.metrics judges with an independent classifier. The generator that is evaluated, kept and sampled from is
+the average over training (Training.ema).
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from genkern.models.gan.losses import LOSSES, discriminator_loss, generator_loss
 from genkern.models.gan.networks import NETWORKS, NORMS, Discriminator, generator
 
 OBJECTIVES = ("discriminator", "generator")
+DRAWN = 1024  # generated images of an evaluation, at least: with fewer, the noise between two epochs hides their difference
 
 
 @dataclass
@@ -49,7 +50,7 @@ class GAN(Model):
     """GAN(GANConfig(levels=16)): images (N, channels, size, size), uint8 in 0..levels or float in [-1, 1]."""
 
     Config = GANConfig
-    defaults = Training(epochs=120, batch_size=64, learning_rate=2e-3, ema=0.995)
+    defaults = Training(epochs=150, batch_size=64, learning_rate=2e-3, ema=0.995)
     betas = (0.5, 0.999)  # of Adam
 
     @classmethod
@@ -136,8 +137,11 @@ class GAN(Model):
     def evaluate(self, inputs, labels=None, *, key, batch_size=256, likelihood=False):
         """As Model.evaluate, but "loss" is the Frechet distance of pixels: what fit() keeps the best of (the head of this file)."""
         found = super().evaluate(inputs, labels, key=key, batch_size=batch_size, likelihood=likelihood)
-        conditions = {"labels": labels.to(next(self.parameters()).device)} if "labels" in self.conditions else {}
-        drawn = self.sample(len(inputs), key=random.fold_in(key, len(inputs)), batch_size=batch_size, **conditions)
+        n = max(DRAWN, len(inputs))
+        conditions = {}
+        if "labels" in self.conditions:
+            conditions["labels"] = labels.repeat(-(-n // len(labels)))[:n].to(next(self.parameters()).device)
+        drawn = self.sample(n, key=random.fold_in(key, n), batch_size=batch_size, **conditions)
         found["loss"] = frechet_distance(*(_coarse(self._images(x).cpu()) for x in (drawn, inputs)))
         return found
 

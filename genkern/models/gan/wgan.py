@@ -27,7 +27,7 @@ class WGAN(GAN):
     """
 
     Config = WGANConfig
-    defaults = Training(epochs=150, batch_size=64, learning_rate=1e-3, ema=0.995)
+    defaults = Training(epochs=80, batch_size=64, learning_rate=1e-3, ema=0.995)
 
     def __init__(self, config):
         super().__init__(config)

@@ -24,5 +24,5 @@ class WGANGP(GAN):
     """
 
     Config = WGANGPConfig
-    defaults = Training(epochs=100, batch_size=64, learning_rate=5e-4, ema=0.995)
+    defaults = Training(epochs=80, batch_size=64, learning_rate=5e-4, ema=0.995)
     betas = (0.0, 0.9)
