@@ -22,7 +22,7 @@ gallery: $(VENV)/built
 $(VENV)/built: $(native)
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
 	$(python) -m pip install $(BUILD_TOOLS) "$(TORCH)" "$(TRITON)"
-	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation -e ".[test,dev]"
+	GENKERN_REQUIRE=cpu $(python) -m pip install --no-build-isolation -e ".[test,peers,dev]"
 	touch $@
 
 # The inner loop of kernel work: only the CPU library of this machine's instruction set, rebuilt where a source changed.
