@@ -538,7 +538,7 @@ def _processes():
 
 
 def _kebab(name):
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z](?!pp$)[a-z])", "-", name).lower()
 
 
 def _reader(hint):
