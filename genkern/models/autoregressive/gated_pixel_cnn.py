@@ -32,7 +32,7 @@ class GatedPixelCNN(Pixels):
     """GatedPixelCNN(GatedPixelCNNConfig(levels=16, classes=10)): images (N, channels, size, size), uint8 or float in [-1, 1]."""
 
     Config = GatedPixelCNNConfig
-    defaults = Training(epochs=20, batch_size=32, learning_rate=2e-3, schedule="cosine", ema=0.99)
+    defaults = Training(epochs=15, batch_size=32, learning_rate=2e-3, schedule="cosine", ema=0.99)
 
     @classmethod
     def config_for(cls, data, **settings):

@@ -39,7 +39,7 @@ class PixelRNN(Pixels):
     """PixelRNN(PixelRNNConfig(levels=16)): images (N, channels, size, size), uint8 or float in [-1, 1]; figures in nats."""
 
     Config = PixelRNNConfig
-    defaults = Training(epochs=15, batch_size=32, learning_rate=3e-3, schedule="cosine", clip_grad_norm=1.0, ema=0.99)
+    defaults = Training(epochs=12, batch_size=32, learning_rate=3e-3, schedule="cosine", clip_grad_norm=1.0, ema=0.99)
 
     def __init__(self, config):
         super().__init__(config)
