@@ -54,12 +54,11 @@ class Op:
     differentiable  names of the arguments that have gradients; the raw op `_<name>_backward(grad outputs, all arguments)` returns
                     those of the arguments that are not None
     device_of       position of the argument whose device chooses the backend
-    eager_below     on the CPU, the reference serves calls in which that argument has fewer elements: measured to be faster there
     """
 
-    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, eager_below=0):
+    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0):
         self.name, self.backward_name, self.reference = name, f"{name}_backward", reference
-        self.device_of, self.eager_below = device_of, eager_below
+        self.device_of = device_of
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
@@ -148,8 +147,6 @@ class Op:
                 if missing is not None:
                     raise RuntimeError(f"{self.name}: backend {name!r} was forced but cannot be used: {missing}")
             return name, None
-        if self.eager_below and device_type == "cpu" and not is_compiling() and tensor.numel() < self.eager_below:
-            return "reference", None
         return self._default.get(device_type) or self.default(device_type)
 
     def default(self, device_type):
@@ -254,8 +251,6 @@ def explain(name, *args):
         return ["inside a torch.func transform or forward-mode differentiation the reference is taken"]
     choice, why = op._choose(args[op.device_of])
     reasons = [] if why is None else [why]
-    if choice == "reference" and why is None:
-        reasons.append(f"below {op.eager_below} elements the reference is faster (measured)")
     reasons += [
         f"argument {i} is not contiguous and is copied first"
         for i, argument in enumerate(args)
