@@ -25,7 +25,7 @@ class MAF(FlowModel):
     """MAF(MAFConfig(shape=(2,), levels=None)): points or images."""
 
     Config = MAFConfig
-    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, ema=0.99, clip_grad_norm=100.0)
+    defaults = Training(epochs=15, batch_size=64, learning_rate=3e-3, schedule="cosine", ema=0.99, clip_grad_norm=100.0)
     flat = True
 
     def __init__(self, config):

@@ -22,7 +22,7 @@ BASES = ("logistic", "gaussian")
 @dataclass
 class NICEConfig(FlowConfig):
     couplings: int = 4
-    width: int = 256  # hidden units of the networks
+    width: int = 128  # hidden units of the networks
     depth: int = 3  # their hidden layers
     base: str = "logistic"  # distribution of the latents, or "gaussian"
 
@@ -31,7 +31,7 @@ class NICE(FlowModel):
     """NICE(NICEConfig(shape=(1, 8, 8), levels=16)): images or points with at least 2 numbers."""
 
     Config = NICEConfig
-    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, ema=0.99)
+    defaults = Training(epochs=30, batch_size=64, learning_rate=3e-3, schedule="cosine", ema=0.99)
     flat = True
 
     def __init__(self, config):

@@ -29,7 +29,7 @@ class RealNVP(FlowModel):
     actnorm before each coupling where the paper has batch normalization: it works on any batch and is the same in evaluation."""
 
     Config = RealNVPConfig
-    defaults = Training(epochs=60, batch_size=64, learning_rate=1e-3, clip_grad_norm=100.0, ema=0.99)
+    defaults = Training(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", clip_grad_norm=100.0, ema=0.99)
 
     @classmethod
     def config_for(cls, data, **settings):
