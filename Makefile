@@ -31,7 +31,7 @@ native:
 	test -d build/native || $(python) -m cmake -S . -B build/native -GNinja -DGENKERN_HOST=OFF \
 	  -DGENKERN_TORCH_DIR=$$($(python) -c "import os, torch; print(os.path.dirname(torch.__file__))")
 	$(python) -m cmake --build build/native --target _C_cpu_$(SET)
-	cp build/native/_C_cpu_$(SET).so genkern/
+	cp build/native/_C_cpu_$(SET).so genkern/.new.so && mv genkern/.new.so genkern/_C_cpu_$(SET).so  # processes keep the old one
 
 # On a machine with an NVIDIA GPU, into its own interpreter: install, tests, compute-sanitizer, verify, benches.
 gpu:

@@ -8,9 +8,8 @@ device (the GPU kernels were so far compared in emulation and in Triton's interp
 
 A key is an int64 tensor (2,) = (seed, offset), or (N, 2) for one stream per row. Calling twice with one key gives the same numbers
 twice: split() or fold_in() make new ones. Bits, uniforms and Bernoulli draws are equal bit for bit everywhere, and so are float32,
-bfloat16 and half normals, exponentials, Gumbel, logistic and truncated normal draws; float64 ones are equal in C++, CUDA and NumPy
-and within a few units in the last place in the torch reference (truncated normal ones everywhere). Formulas:
-genkern/ops/random/_random.py.
+bfloat16 and half normals, exponentials, Gumbel, logistic and truncated normal draws; float64 ones are equal in C++, CUDA and NumPy and
+within a few units in the last place in the torch reference. Formulas: genkern/ops/random/_random.py.
 """
 
 import math

@@ -52,7 +52,7 @@ def denoising_loss(
         raise TypeError(f"{op}: key must be the key that q_sample got, got None")
     prediction, x0 = same_precision((prediction, x0))
     alpha, sigma = _q_sample.coefficients(op, x0, timesteps, table)
-    key = _q_sample.checked_key(op, key, None, x0)
+    key = random.key_for(op, key, None, x0)
     weight = torch.ones_like(alpha)
     if weighting is not None:
         a2, s2 = alpha.square().clamp_min(1e-20), sigma.square().clamp_min(1e-20)

@@ -37,7 +37,7 @@ def q_sample(x0, timesteps, table, *, key=None, generator=None, target="eps"):
     check_float("q_sample", "x0", x0)
     check_choice("q_sample", "target", target, TARGETS)
     alpha, sigma = coefficients("q_sample", x0, timesteps, table)
-    key = checked_key("q_sample", key, generator, x0)
+    key = random.key_for("q_sample", key, generator, x0)
     return _op(x0, alpha, sigma, key, list(TARGETS).index(target))
 
 
@@ -57,17 +57,6 @@ def coefficients(op, x0, timesteps, table):
     dtype, timesteps = working_type(x0), timesteps.to(x0.device)
     first, *second = [t.detach().to(x0.device).to(dtype).index_select(0, timesteps) for t in tables]
     return (first, second[0]) if second else (first**0.5, (1 - first) ** 0.5)
-
-
-def checked_key(op, key, generator, x0):
-    if key is None:
-        return random.draw_key(generator, x0.device)
-    if generator is not None:
-        raise ValueError(f"{op}: give key or generator, not both")
-    random.check_key(op, key)
-    if key.dim() == 2 and key.shape[0] != x0.shape[0]:
-        raise ValueError(f"{op}: one key per sample needs key ({x0.shape[0]}, 2), got {tuple(key.shape)}")
-    return random.beside(key, x0)
 
 
 def per_sample(t, like):

@@ -91,7 +91,7 @@ def sampler_step(
     if noise is True or key is not None or generator is not None:
         if noise is not None and noise is not True:
             raise ValueError("sampler_step: give noise as a tensor or a key, not both")
-        key, noise = _key(key, generator, x), None
+        key, noise = random.key_for("sampler_step", key, generator, x), None
     clip = math.inf if clip is None else float(clip)
     if not clip > 0:
         raise ValueError(f"sampler_step: clip must be positive, got {clip}")
@@ -198,17 +198,6 @@ def _check_step(table, step, x, width):
         if low < 0 or high >= table.shape[0]:
             raise ValueError(f"sampler_step: step must be in [0, {table.shape[0]}), got {low} ... {high}")
     return step.contiguous(), 0
-
-
-def _key(key, generator, x):
-    if key is None:
-        return random.draw_key(generator, x.device)
-    if generator is not None:
-        raise ValueError("sampler_step: give key or generator, not both")
-    random.check_key("sampler_step", key)
-    if key.dim() == 2 and key.shape[0] != x.shape[0]:
-        raise ValueError(f"sampler_step: one key per sample needs key ({x.shape[0]}, 2), got {tuple(key.shape)}")
-    return random.beside(key, x)
 
 
 def _output(name, out, shape, like, x=None):

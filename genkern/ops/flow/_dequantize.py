@@ -46,15 +46,7 @@ def dequantize(x, *, levels=256, key=None, generator=None, transform="center", a
         raise ValueError(f"{_NAME}: alpha must lie between 0 and {1 if transform == 'logit' else 0.5}, got {alpha}")
     if squeeze and (x.shape[2] % 2 or x.shape[3] % 2):
         raise ValueError(f"{_NAME}: to squeeze, height and width must be even, got shape {tuple(x.shape)}")
-    if key is None:
-        key = random.draw_key(generator, x.device)
-    elif generator is not None:
-        raise ValueError(f"{_NAME}: give key or generator, not both")
-    else:
-        random.check_key(_NAME, key)
-        if key.dim() == 2 and key.shape[0] != x.shape[0]:
-            raise ValueError(f"{_NAME}: one key per sample needs key ({x.shape[0]}, 2), got {tuple(key.shape)}")
-        key = random.beside(key, x)
+    key = random.key_for(_NAME, key, generator, x)
     span, low, high = {
         "unit": (1.0, 0.0, 0.0),
         "center": (1.0, -0.5, 0.0),
