@@ -176,16 +176,16 @@ def test_a_patched_zuko_flow_and_back():
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_spline_of_vits(reverse):
     modeling = pytest.importorskip("transformers.models.vits.modeling_vits")
-    from genkern.integrations import transformers as fused
+    from genkern.integrations import vits as fused
 
     theirs = modeling._unconstrained_rational_quadratic_spline
     compare(fused.unconstrained_rational_quadratic_spline, theirs, parameters(BINS - 1), reverse=reverse)
-    fused.patch_vits()
+    fused.patch()
     try:
         assert modeling._unconstrained_rational_quadratic_spline is fused.unconstrained_rational_quadratic_spline
         far, *rest = parameters(BINS - 1)
         y, log_det = modeling._unconstrained_rational_quadratic_spline(far + 100, *rest)
         assert torch.equal(y, far + 100) and not log_det.any()
     finally:
-        fused.unpatch_vits()
+        fused.unpatch()
     assert modeling._unconstrained_rational_quadratic_spline is theirs
