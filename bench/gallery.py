@@ -3,7 +3,8 @@
     make gallery                           # all of it, some twenty minutes on 2 cores
     python bench/gallery.py vae glow       # these parts anew; the page keeps the others
 
-Each part is `genkern train NAME --data DATA` with the settings of the table below, then held-out figures of the test split and samples.
+Each part is `genkern train NAME --data DATA` with the settings of the table below, then held-out figures of the test split beside those
+of simple baselines, samples, and of digits what an independent classifier says about 1080 of them (genkern.metrics.report).
 Writes bench/results/gallery/: NAME.png, NAME.json, all.png, and README.md, the page.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 import genkern
-from genkern import cli, data, plots, train
+from genkern import cli, data, metrics, plots, train
 
 FOLDER = Path(__file__).parent / "results" / "gallery"
 PARTS = {  # name of the model: (data, settings beside its defaults, of Training or of its Config)
@@ -76,12 +77,19 @@ def run(name):
         "training_seconds": round(seconds, 1),
         "sampling_seconds": round(time.perf_counter() - start, 1),
         "held_out": held_out,
+        "baselines": metrics.baselines(source, "test", model) if "bits_per_dim" in held_out else {},
+        "judged": judged(model, source) if source_name == "digits" else {},
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "genkern": genkern.__version__,
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def judged(model, source, n=1080):
+    labels = {"labels": cli.labels(model, n)} if "labels" in model.conditions else {}
+    return metrics.report(model.sample(n, key=genkern.random.key(3), **labels), source, **labels)
 
 
 def picture(name, model, source):
@@ -126,13 +134,16 @@ def page():
         "Made by `make gallery`: small models, minutes of training on two cores. Figures are means over the test split.",
         "",
     ]
-    lines += ["| samples | model | held-out figures | |", "|---|---|---|---|"]
+    lines += ["Of digits an independent classifier judges 1080 samples; in brackets what it says of as many held-out digits.", ""]
+    lines += ["| samples | model | held-out figures | samples judged | |", "|---|---|---|---|---|"]
     for name, facts in done.items():
-        figures = "<br>".join(f"{title.replace('_', ' ')} {value:.3f}" for title, value in facts["held_out"].items())
+        figures = [f"{title.replace('_', ' ')} {value:.3f}" for title, value in facts["held_out"].items()]
+        figures = "<br>".join([*figures, *(f"*{title} {value:.3f}*" for title, value in facts["baselines"].items())])
         settings = "".join(f" --{k.replace('_', '-')} {v}" for k, v in facts["settings"].items())
         made = f"{facts['parameters']:,} parameters<br>{facts['epochs']} epochs in {facts['training_seconds']:.0f} s"
         command = f"`genkern train {name} --data {facts['data']}{settings}`"
-        lines.append(f'| <img src="{name}.png" width="240"> | **{facts["model"]}**<br>{command} | {figures} | {made} |')
+        sample = f'<img src="{name}.png" width="240">'
+        lines.append(f"| {sample} | **{facts['model']}**<br>{command} | {figures} | {verdict(facts['judged'])} | {made} |")
     (FOLDER / "README.md").write_text("\n".join(lines) + "\n")
     columns = 5
     rows = -(-len(done) // columns)
@@ -144,6 +155,16 @@ def page():
         axes.imshow(Image.open(FOLDER / f"{name}.png"), cmap="gray", interpolation="nearest")
         axes.set_title(f"{facts['model']}, {facts['training_seconds']:.0f} s", size=9)
     figure.savefig(FOLDER / "all.png")
+
+
+def verdict(report):
+    """The lines of a cell."""
+    if not report:
+        return ""
+    pairs = [(name, report[name], report[f"{name}_real"]) for name in ("accuracy", "frechet", "precision", "recall") if name in report]
+    lines = [f"{name} {value:.3f} ({real:.3f})" for name, value, real in pairs]
+    shares = f"classes {min(report['shares']):.3f} to {max(report['shares']):.3f}"
+    return "<br>".join([*lines, shares, f"copies {report['copies']:.3f} (0.010)"])
 
 
 def main(argv=None):
