@@ -140,7 +140,9 @@ def train(argv):
     parser = argparse.ArgumentParser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
     parser.add_argument(
-        "--data", required=True, help="digits, photos, topics, plucks, or a folder of images or .wav, a .npy, any file as text"
+        "--data",
+        required=True,
+        help="digits, digits32, photos, topics, plucks, or a folder of images or .wav, a .npy, any file as text",
     )
     parser.add_argument("--window", type=int, help="length of the windows into which text or sound is cut")
     parser.add_argument("--out", required=True, help="folder of the run")
@@ -204,7 +206,7 @@ def train(argv):
             if hasattr(model, "bits_per_dim"):
                 best = load_run(out, device)[0]
                 values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
-                print("\n".join(_against_baselines(values, source, "test", best)))
+                _print_against_baselines(values, source, "test", best)
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
@@ -276,7 +278,7 @@ def eval_(argv):
             columns = shutil.get_terminal_size().columns
             print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
             if hasattr(model, "bits_per_dim"):
-                print("\n".join(_against_baselines(values, source, arguments.split, model)))
+                _print_against_baselines(values, source, arguments.split, model)
 
 
 @command
@@ -297,6 +299,8 @@ def score(argv):
 
         from genkern import data, plots, random
 
+        if arguments.out and Path(arguments.out).suffix != ".npy":
+            raise ValueError(f"--out must end in .npy, got {arguments.out}")
         model, run = load_run(arguments.folder, arguments.device)
         if not hasattr(model, "log_prob"):
             raise ValueError(f"a {type(model).__name__} has no log_prob")
@@ -327,8 +331,6 @@ def score(argv):
         if arguments.out:
             import numpy as np
 
-            if Path(arguments.out).suffix != ".npy":
-                raise ValueError(f"--out must end in .npy, got {arguments.out}")
             _picture(Path(arguments.out), lambda file, **_: np.save(file, scores.numpy()))
             print(f"wrote {arguments.out}")
 
@@ -396,8 +398,8 @@ def _run_parser(name, function):
     return parser
 
 
-def _against_baselines(values, source, split, model):
-    """Lines that set a model's figures on a split beside those of models that need no training loop."""
+def _print_against_baselines(values, source, split, model):
+    """A model's figure on a split beside those of models that need no training loop."""
     from genkern.metrics import baselines
 
     if "bits_per_dim" in values:
@@ -407,9 +409,9 @@ def _against_baselines(values, source, split, model):
         name, unit, own = "log_prob", "nats per input, -log density", -values["log_prob"]
         scale = math.prod(source.shape) * math.log(2)
     else:
-        return []
+        return
     found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
-    return [f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items())]
+    print(f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
 
 
 def sample_options(model):
