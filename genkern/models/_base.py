@@ -198,6 +198,22 @@ def ink(images, levels):
     return (x - low) / (high - low)
 
 
+def class_labels(name, labels, n, classes, device):
+    """Labels of n samples of the model `name` as int64 (n,) on the device, from (n,) integers or one int for all, in 0..classes - 1.
+
+    ValueError names what is wrong; their range is looked at on the CPU only, where looking does not stop the device.
+    """
+    if labels is None:
+        raise ValueError(f"{name}: a model of {classes} classes needs labels")
+    labels = torch.as_tensor(labels, device=device)
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (n,)):
+        raise ValueError(f"{name}: labels must be integers ({n},), got {labels.dtype} {tuple(labels.shape)}")
+    looked = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked and ((labels < 0) | (labels >= classes)).any():
+        raise ValueError(f"{name}: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    return labels.long().expand(n)
+
+
 def _read_config(folder):
     path = folder / "config.json"
     if not path.is_file():

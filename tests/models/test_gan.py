@@ -192,7 +192,7 @@ def test_labels_move_both_networks():
     assert not torch.allclose(one, two)
     scores = [model.discriminator(one, torch.full((3,), label)) for label in (1, 2)]
     assert not torch.allclose(*scores)
-    for labels, words in ((torch.tensor([0, 10]), r"0\.\.9"), (torch.zeros(2), "int64"), (torch.zeros(3).long(), r"\(2,\)")):
+    for labels, words in ((torch.tensor([0, 10]), r"0\.\.9"), (torch.zeros(2), "integers"), (torch.zeros(3).long(), r"\(2,\)")):
         with pytest.raises(ValueError, match=words):
             model.sample(2, key=key, labels=labels)
 

@@ -159,7 +159,7 @@ def test_a_label_matters_to_encoder_and_decoder():
     zeros, ones = torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.int64)
     assert not torch.equal(model.encode(x, labels=zeros)[0], model.encode(x, labels=ones)[0])
     assert not torch.equal(model.decode(torch.zeros(12, 5), labels=zeros), model.decode(torch.zeros(12, 5), labels=ones))
-    for labels, words in ((None, "got None"), (zeros.float(), "int64"), (zeros[:5], "12"), (zeros + 10, r"0\.\.9, got 10")):
+    for labels, words in ((None, "needs labels"), (zeros.float(), "integers"), (zeros[:5], "12"), (zeros + 10, r"0\.\.9, got 10")):
         with pytest.raises(ValueError, match=words):
             model(x, labels=labels)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genkern import random
-from genkern.models._base import Model, Output, ink
+from genkern.models._base import Model, Output, class_labels, ink
 from genkern.models.autoregressive._raster import Place
 from genkern.ops import discretized_mix_logistic_nll, discretized_mix_logistic_sample, sample_tokens
 
@@ -168,14 +168,7 @@ class Pixels(Model):
             if labels is not None:
                 raise ValueError(f"{name}: a model with classes=0 takes no labels")
             return None
-        if labels is None:
-            raise ValueError(f"{name}: a model of {classes} classes needs labels")
-        labels = torch.as_tensor(labels, device=device)
-        if labels.is_floating_point() or labels.dim() > 1 or (labels.dim() == 1 and len(labels) != n):
-            raise ValueError(f"{name}: labels must be integers ({n},), got {labels.dtype} {tuple(labels.shape)}")
-        if device.type == "cpu" and not torch.compiler.is_compiling() and ((labels < 0) | (labels >= classes)).any():
-            raise ValueError(f"{name}: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-        return labels.long().expand(n)
+        return class_labels(name, labels, n, classes, device)
 
 
 class Levels:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from genkern import ops, random
-from genkern.models._base import Model, Output
+from genkern.models._base import Model, Output, class_labels
 
 TRANSFORMS = ("center", "logit")
 _ALPHA = 0.05  # logit(alpha + (1 - 2 alpha) v): what keeps the ends finite
@@ -229,13 +229,4 @@ class FlowModel(Model):
             if labels is not None:
                 raise ValueError(f"{name}: this model has no classes: leave labels out")
             return None
-        if isinstance(labels, int):
-            labels = torch.full((n,), labels, device=self.embedding.weight.device)
-        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
-            got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
-            raise ValueError(f"{name}: labels must be int64 ({n},), got {got}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and n:
-            low, high = labels.min().item(), labels.max().item()
-            if low < 0 or high >= classes:
-                raise ValueError(f"{name}: labels must be in 0..{classes - 1}, got {low}..{high}")
-        return self.embedding(labels)
+        return self.embedding(class_labels(name, labels, n, classes, self.embedding.weight.device))

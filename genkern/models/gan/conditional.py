@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from genkern.models._base import class_labels
 from genkern.models.gan.gan import GAN, GANConfig
 
 
@@ -31,14 +32,5 @@ class ConditionalGAN(GAN):
         return super().config_for(data, **{"classes": data.classes, **settings})
 
     def _code(self, z, *, labels):
-        labels = self._checked(labels, len(z))
+        labels = class_labels(type(self).__name__, labels, len(z), self.config.classes, z.device)
         return torch.cat([z, F.one_hot(labels, self.config.classes).to(z.dtype)], 1)
-
-    def _checked(self, labels, n):
-        name, classes = type(self).__name__, self.config.classes
-        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
-            got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
-            raise ValueError(f"{name}: labels must be int64 ({n},), got {got}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and ((labels < 0) | (labels >= classes)).any():
-            raise ValueError(f"{name}: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-        return labels

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genkern.models._base import class_labels
 from genkern.models.vae.vae import VAE, VAEConfig
 
 
@@ -49,11 +50,4 @@ class ConditionalVAE(VAE):
         return torch.cat([z, F.one_hot(labels, self.config.classes).to(z.dtype)], 1)
 
     def _checked(self, labels, n):
-        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
-            got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
-            raise ValueError(f"ConditionalVAE: labels must be int64 ({n},), got {got}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and n:
-            low, high = labels.min().item(), labels.max().item()
-            if low < 0 or high >= self.config.classes:
-                raise ValueError(f"ConditionalVAE: labels must be in 0..{self.config.classes - 1}, got {low}..{high}")
-        return labels
+        return class_labels(type(self).__name__, labels, n, self.config.classes, next(self.parameters()).device)
