@@ -25,7 +25,7 @@ from genkern import cli, data, metrics, plots, train
 FOLDER = Path(__file__).parent / "results" / "gallery"
 PARTS = {  # name of the model: (data, settings beside its defaults, of Training or of its Config)
     "vae": ("digits", {"epochs": 60}),
-    "beta-vae": ("digits", {"epochs": 60}),
+    "beta-vae": ("digits", {"epochs": 60, "capacity": 5.0}),
     "conditional-vae": ("digits", {"epochs": 60}),
     "iwae": ("digits", {"epochs": 40}),
     "tcvae": ("digits", {"epochs": 60}),
@@ -47,9 +47,9 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "gated-pixel-cnn": ("digits", {}),
     "pixel-rnn": ("digits", {}),
     "pixel-cnnpp": ("photos", {"width": 16}),
-    "char-lstm": ("topics", {"epochs": 3}),
+    "char-lstm": ("topics", {}),
     "gpt": ("topics", {"epochs": 3}),
-    "wave-net": ("plucks", {"epochs": 3}),
+    "wave-net": ("plucks", {}),
 }
 
 
@@ -112,7 +112,7 @@ def picture(name, model, source):
             axes.plot(wave, linewidth=0.6)
             axes.set_axis_off()
     else:
-        lines = bytes(samples[0].tolist()).decode("latin-1").expandtabs(2).splitlines()
+        lines = b"\n\n".join(bytes(x.tolist()) for x in samples).decode("latin-1").expandtabs(2).splitlines()
         text = "\n".join(part for line in lines for part in (line[i : i + 40] for i in range(0, max(1, len(line)), 40)))
         figure.text(0.02, 0.98, text.replace("$", r"\$"), family="monospace", size=7, va="top")
     file = io.BytesIO()
