@@ -112,7 +112,7 @@ __device__ __forceinline__ void four_of_stream(const N& distribution, Key key, u
 // ---- kernels
 
 template <class S, class F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)  // one block is enough: no spills for the sake of occupancy
 rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double* partial) {
   __shared__ double shared[F::kSums + 1][kThreads];
   const int rows_per_block = tiles > 1 ? 1 : kThreads / segment, lane = threadIdx.x % segment;
