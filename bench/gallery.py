@@ -1,6 +1,6 @@
 """The gallery: trains a small default of every model that exists and writes one page of pictures with figures and times.
 
-    make gallery                           # all of it, some twenty minutes on 2 cores
+    make gallery                           # all of it: 34 minutes of one thread on a busy machine
     python bench/gallery.py vae glow       # these parts anew; the page keeps the others
 
 Each part is `genkern train NAME --data DATA` with the settings of the table below, then held-out figures of the test split beside those
@@ -131,7 +131,7 @@ def page():
     lines = [
         "# Gallery",
         "",
-        "Made by `make gallery`: small models, minutes of training on two cores. Figures are means over the test split.",
+        "Made by `make gallery`: small models, minutes of training on one or two cores. Figures are means over the test split.",
         "",
     ]
     lines += ["Of digits an independent classifier judges 1080 samples; in brackets what it says of as many held-out digits.", ""]
