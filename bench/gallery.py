@@ -1,7 +1,8 @@
 """The gallery: trains a small default of every model that exists and writes one page of pictures with figures and times.
 
-    make gallery                           # all of it: 34 minutes of one thread on a busy machine
+    make gallery                           # all of it, one part per core at a time
     python bench/gallery.py vae glow       # these parts anew; the page keeps the others
+    python bench/gallery.py vae --jobs 1   # one after the other, each with a progress bar of its own
 
 Each part is `genkern train NAME --data DATA` with the settings of the table below, then held-out figures of the test split beside those
 of simple baselines, samples, and of digits what an independent classifier says about 1080 of them (genkern.metrics.report).
@@ -9,9 +10,13 @@ Writes bench/results/gallery/: NAME.png, NAME.json, all.png, and README.md, the 
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -53,8 +58,9 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
 }
 
 
-def run(name):
-    """Train one part; write its picture and figures."""
+def run(name, progress=False):
+    """Train one part; write its picture and figures; the seconds it took."""
+    began = time.perf_counter()
     source_name, settings = PARTS[name]
     kind, source = cli.model_class(name), data.load(source_name)
     of_training = {field.name for field in dataclasses.fields(genkern.models.Training)}
@@ -62,7 +68,7 @@ def run(name):
     model = kind(kind.config_for(source, **{k: v for k, v in settings.items() if k not in of_training}))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        history = train.fit(model, source, folder, **{k: v for k, v in settings.items() if k in of_training})
+        history = train.fit(model, source, folder, progress=progress, **{k: v for k, v in settings.items() if k in of_training})
         model = genkern.models.load(folder)  # the best weights by validation loss
     seconds = time.perf_counter() - start
     held_out = model.evaluate(*source.test, key=genkern.random.key(1), likelihood=True)
@@ -85,6 +91,7 @@ def run(name):
         "genkern": genkern.__version__,
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return time.perf_counter() - began
 
 
 def judged(model, source, n=1080):
@@ -170,23 +177,37 @@ def verdict(report):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"by default all: {', '.join(PARTS)}")
-    wanted = parser.parse_args(argv).parts or list(PARTS)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="parts at a time, one thread each")
+    given = parser.parse_args(argv)
+    wanted = given.parts or list(PARTS)
     for name in wanted:
         if name not in PARTS:
             close = difflib.get_close_matches(name, PARTS, 1)
             parser.error(f"no part {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; the parts are {', '.join(PARTS)}"))
     FOLDER.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for i, name in enumerate(wanted, 1):
-        print(f"[{i}/{len(wanted)}] {name}", file=sys.stderr, flush=True)
+    start, failed = time.perf_counter(), []
+    for i, (name, outcome) in enumerate(outcomes(wanted, min(given.jobs, len(wanted))), 1):
         try:
-            run(name)
+            print(f"[{i}/{len(wanted)}] {name}: {outcome():.0f} s", file=sys.stderr, flush=True)
         except Exception as error:  # the other parts are worth having
             failed.append(name)
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"[{i}/{len(wanted)}] {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         page()
-    print(f"wrote {FOLDER / 'README.md'}")
+    print(f"wrote {FOLDER / 'README.md'} in {(time.perf_counter() - start) / 60:.1f} minutes")
     return f"failed: {', '.join(failed)}" if failed else 0
+
+
+def outcomes(wanted, jobs):
+    """(name, a function that returns what run(name) does), in the order in which they end."""
+    if jobs <= 1:
+        for name in wanted:
+            yield name, functools.partial(run, name, progress=True)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        parts = {pool.submit(run, name): name for name in reversed(wanted)}  # the longest parts are the last of the table
+        for part in concurrent.futures.as_completed(parts):
+            yield parts[part], part.result
 
 
 if __name__ == "__main__":
