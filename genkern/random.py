@@ -15,6 +15,7 @@ within a few units in the last place in the torch reference. Formulas: genkern/o
 import math
 
 import torch
+from torch.compiler import is_compiling
 
 from genkern.core._op import transforming
 from genkern.ops.random import _random
@@ -63,7 +64,7 @@ def draw_key(generator=None, device="cpu"):
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         device = torch.device("cpu")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if generator is not None:
             raise ValueError("generator= works in eager mode only; under torch.compile pass key=")
         return torch.ops.genkern._draw_key.default(device)
@@ -169,7 +170,8 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
 
 def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     check_key(name, key)
-    shape = torch.Size((shape,) if isinstance(shape, int) else shape)
+    if not isinstance(shape, torch.Size):
+        shape = torch.Size((shape,) if isinstance(shape, int) else shape)
     if key.dim() == 2 and (not shape or shape[0] != key.shape[0]):
         raise ValueError(f"{name}: {key.shape[0]} keys need a shape that starts with {key.shape[0]}, got {tuple(shape)}")
     if out is None:
@@ -207,6 +209,8 @@ def key_for(op, key, generator, x):
 
 def beside(key, out):
     """The key where the kernel can read it: one key on the CPU goes along as two numbers, everything else lies on out's device."""
+    if key.is_cpu and out.is_cpu:
+        return key.contiguous()
     if key.device != out.device and not (key.device.type == "cpu" and (key.dim() == 1 or out.device.type != "cuda")):
         key = key.to(out.device if out.device.type in ("cpu", "cuda") else "cpu")
     return key.contiguous()

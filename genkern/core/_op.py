@@ -136,11 +136,12 @@ class Op:
 
     def _choose(self, tensor):
         """(backend, None or why a slow path is taken) for a call whose choosing argument is this tensor."""
-        device_type, name = tensor.device.type, _backends.forced()
+        name = _backends.forced()
         if name == "reference":
             return name, None
         if transforming():
             return "reference", None
+        device_type = "cpu" if tensor.is_cpu else tensor.device.type  # is_cpu is several times cheaper
         if name is not None and BACKENDS[name].device == device_type:
             if device_type != "cpu" or name != self._default["cpu"][0]:
                 missing = self._missing(name, device_type)
