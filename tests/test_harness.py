@@ -15,8 +15,8 @@ import torch.autograd.forward_ad as forward_ad
 
 import genkern.testing
 from genkern import core, random
-from genkern.ops import gaussian_kl, reparameterize, reparameterize_kl
-from genkern.testing import Make, all_cases, bench, check, refuse_wide_types, verify
+from genkern.ops import gaussian_kl, reparameterize, reparameterize_kl, sampler_step
+from genkern.testing import Fences, Make, all_cases, bench, check, refuse_wide_types, verify
 
 KEY = random.key(3)
 CASES = all_cases()
@@ -107,6 +107,44 @@ def test_an_element_never_written_is_found(sabotage):
     sabotage("reparameterize", lambda z, args: torch.cat([z.view(-1)[:-1], torch.empty(1)]).view(z.shape))
     with pytest.raises(AssertionError, match="output 0"):
         check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(("offset", "side"), [(-1, "before"), (15, "behind")])
+def test_a_write_beside_an_output_is_found(offset, side, sabotage):
+    def spoil(z, args):
+        z.as_strided((), (), z.storage_offset() + offset).fill_(1)
+        return z
+
+    sabotage("reparameterize", spoil)
+    with pytest.raises(AssertionError, match=f"reparameterize on cpu.*4 bytes {side} a tensor of 60 bytes were written to"):
+        check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+@needs_cpu_kernels
+def test_a_write_beside_an_argument_is_found(sabotage):
+    def spoil(z, args):
+        args[0].detach().as_strided((), (), args[0].storage_offset() + 15).fill_(1)
+        return z
+
+    sabotage("reparameterize", spoil)
+    with pytest.raises(AssertionError, match="behind a tensor of 60 bytes were written to"):
+        check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+@pytest.mark.parametrize("backend", genkern.testing.backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_steps_write_nothing_beside_out(backend, dtype):
+    fences, make = Fences(), Make(dtype)
+    if core.OPS["sampler_step"].available("cpu")[backend] is not None:
+        pytest.skip(f"sampler_step has no {backend} kernel here")
+    for shape in ((1, 1), (2, 7), (3, 17), (1, 1031)):
+        x, twice, table = make(shape), make((2 * shape[0], *shape[1:])), make((2, 19)).to(torch.promote_types(dtype, torch.float32))
+        out, history, both = fences.around(x), fences.around(x), fences.around(twice)
+        with genkern.backend(backend), fences:
+            got = sampler_step(x, twice, table, 1, x, x, x, key=KEY, out=out, history_out=history, input_out=both)
+        fences.check(f"sampler_step on {backend}, {dtype}, {shape}")
+        assert all(a is b for a, b in zip(got, (out, history, both), strict=True)) and all(t.isfinite().all() for t in got)
 
 
 @needs_cpu_kernels

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkern
 from genkern import core, random
+from genkern.testing._fences import Fences
 
 _DRAWS = ("uniform", "normal", "exponential", "gumbel", "logistic")
 
@@ -111,7 +112,8 @@ def _outputs_and_gradients(function, arguments, leaves):
 
 
 def check(case, backend, shape, dtype, *, variant=None, layout="contiguous", device="cpu"):
-    """Raise AssertionError unless `backend` computes `case` and its gradients as well as plain torch does in this type."""
+    """Raise AssertionError unless `backend` computes `case` and its gradients as well as plain torch does in this type, and writes
+    nothing beside its outputs."""
     from genkern.testing._case import Make
 
     variant = variant or {}
@@ -122,7 +124,12 @@ def check(case, backend, shape, dtype, *, variant=None, layout="contiguous", dev
     noise = contextlib.nullcontext() if dtype == torch.float64 else float32_noise()
     with noise:
         truth = run("reference", wide)
-    plain, got = run("reference", arguments), run(backend, arguments)
+    plain, fences = run("reference", arguments), Fences(torch.device(device).type)
+    if layout == "contiguous":
+        arguments = {n: fences.around(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    with fences:
+        got = run(backend, arguments)
+    fences.check(f"{case.name} on {backend}, {dtype}, shape {tuple(shape)}, {layout}, {variant}")
     for name, expected in truth.items():
         value, reference = got[name], plain[name]
         assert value.dtype == reference.dtype, f"{case.name}: {name} is {value.dtype}, expected {reference.dtype}"
