@@ -21,7 +21,7 @@ import math
 import torch
 
 from genkern.core._op import transforming
-from genkern.ops._common import check_number, check_tensor
+from genkern.ops._common import check_device, check_number, check_tensor
 from genkern.ops.random import _random
 from genkern.ops.random._random import STREAM_VERSION
 
@@ -139,6 +139,8 @@ def bernoulli(key, p, shape=None, *, dtype=torch.float32, device=None, out=None)
         if shape is not None and torch.Size(shape) != p.shape:
             raise ValueError(f"bernoulli: shape must be that of p, {tuple(p.shape)}, or left out, got {tuple(shape)}")
         _check_result("bernoulli", key, p.shape, dtype, out, dtypes)
+        if out is not None:
+            check_device("bernoulli", "out", out, "p", p)
         draws = uniform(key, p.shape, device=p.device if device is None else device) < p
         return draws.to(dtype) if out is None else out.copy_(draws)
     (p,) = _numbers("bernoulli", p=p)

@@ -55,7 +55,8 @@ def causal_conv1d(
     however x is cut into pieces that hand on their state, in any batch and for any number of threads.
     """
     _check("causal_conv1d", x, weight, bias, dilation, activation)
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
+    fits = lambda channels: channels >= groups and channels % groups == 0
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or not fits(x.shape[1]) or not fits(weight.shape[0]):
         raise ValueError(
             f"causal_conv1d: groups must divide the channels of x and weight, got {groups} for {x.shape[1]} and {weight.shape[0]}"
         )
@@ -96,7 +97,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
 
     Returns y of the shape of x, in the promoted type of x, weight and bias. In float32 on the CPU its bits are those of causal_conv1d
     at that position, in any batch and for any number of steps per call. float32, float64, bfloat16, float16, also mixed. TypeError,
-    ValueError on anything else. There is no gradient (RuntimeError where one is asked for): use causal_conv1d with initial_state.
+    ValueError on anything else. There is no gradient (ValueError where one is asked for): use causal_conv1d with initial_state.
     """
     op = "causal_conv1d_update"
     check_float(op, "x", x, (2, 3))
@@ -124,7 +125,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             raise ValueError(f"{op}: state_indices must be below the number of slots {slots}, got {int(state_indices.max())}")
         state_indices = state_indices.contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
-        raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
+        raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
     weight, bias, steps, wide = same_precision((weight, bias, steps, state))
     weight = weight.reshape(weight.shape[0], -1).contiguous()
     y = _update(steps, wide, weight, None if bias is None else bias.contiguous(), state_indices, dilation, activation == "silu")
