@@ -116,7 +116,8 @@ def bits(key, shape, *, dtype=torch.int32, device=None, out=None):
 
 def uniform(key, shape, low=0.0, high=1.0, *, dtype=torch.float32, device=None, out=None):
     """low + (high - low) u, u uniform on [0, 1): as many bits as the dtype holds (24; half 11, bfloat16 8, float64 53)."""
-    low, high = _numbers("uniform", low=low, high=high)
+    if not type(low) is type(high) is float:
+        low, high = _numbers("uniform", low=low, high=high)
     return _draw("uniform", key, shape, dtype, device, out, _FLOATS, high - low, low)
 
 
