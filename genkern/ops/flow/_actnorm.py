@@ -35,6 +35,7 @@ def actnorm(x, log_scale, shift, *, inverse=False, log_det=None):
     if log_det is not None:
         check_float(_NAME, "log_det", log_det)
         check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")
+        check_device(_NAME, "log_det", log_det, "x", x)
         own = log_det + own
     over_channels = (-1, *[1] * (x.dim() - 2))
     log_scale, shift = log_scale.view(over_channels), shift.view(over_channels)
