@@ -13,6 +13,7 @@ import genkern
 from genkern.nn import (
     MADE,
     ActNorm,
+    ActNormConv1x1,
     AdditiveCoupling,
     AffineCoupling,
     Flip,
@@ -40,12 +41,13 @@ def couplings(count, n=6, dropout=0.0, scale=0.3, spline=False):
     torch.manual_seed(0)
     layers = []
     for i in range(count):
-        layers += [ActNorm(n), InvertibleConv1x1(n, plu=i % 2 == 0)]
+        layers += [ActNormConv1x1(n)] if i % 2 == 0 else [ActNorm(n), InvertibleConv1x1(n, plu=i % 4 == 1)]
         if i % 3 == 2:
             layers.append(AdditiveCoupling(Net(n // 2, n // 2, dropout=dropout, scale=scale), n))
         elif i % 3 == 1:
             mask = torch.arange(n) % 2 == 0
-            layers.append(AffineCoupling(Net(n, 2 * n, dropout=dropout, scale=scale), n, mask=mask, scale="tanh"))
+            network = Net(n, 2 * n, dropout=dropout, scale=scale)
+            layers.append(AffineCoupling(network, n, mask=mask, scale="tanh", learned_limit=True))
         else:
             layers.append(AffineCoupling(Net(n // 2, n, dropout=dropout, scale=scale), n))
         if spline and i == 1:
@@ -181,6 +183,40 @@ def test_actnorm_is_initialised_once_by_the_first_training_batch():
         assert torch.equal(other.state_dict()[name], value), name
     one, _ = ActNorm(2).train()(torch.randn(1, 2))
     assert one.isfinite().all()
+
+
+def test_actnorm_and_convolution_in_one_product():
+    torch.manual_seed(0)
+    one = ActNormConv1x1(6).double()
+    x, start = 3 * torch.randn(16, 6, 2, 2, dtype=torch.float64) + 1, torch.randn(16, dtype=torch.float64)
+    y, log_det = one(x, start)  # the first batch sets the actnorm
+    assert one.norm.initialized and one.state_dict().keys() >= {"norm.log_scale", "norm.shift", "conv.lower"}
+    wanted, total = one.conv(*one.norm(x, start))
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(log_det, total)
+    back, rest = one.inverse(y, log_det)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(rest, start)
+    parameters = list(one.parameters())
+    loss = lambda y, log_det: (y.sin().sum() + log_det.sum(),)
+    got, right = (torch.autograd.grad(loss(*pair), parameters) for pair in ((y, log_det), (wanted, total)))
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_limit_of_tanh_is_learned():
+    layer = AffineCoupling(lambda seen, context: torch.cat([seen, 3 * seen], 1), 4, scale="tanh", limit=1.5, learned_limit=True)
+    x = torch.randn(5, 4, 3, requires_grad=True)
+    with torch.no_grad():
+        layer.limit[1] = -0.25
+    y, log_det = layer(x)
+    log_s = layer.limit[:, None] * torch.tanh(3 * x[:, :2])
+    torch.testing.assert_close(y[:, 2:], x[:, 2:] * log_s.exp() + x[:, :2])
+    torch.testing.assert_close(log_det, log_s.sum((1, 2)))
+    log_det.sum().backward()
+    torch.testing.assert_close(layer.limit.grad, torch.tanh(3 * x[:, :2]).sum((0, 2)))
+    with pytest.raises(ValueError, match="learned_limit"):
+        AffineCoupling(nn.Identity(), 4, scale="exp", learned_limit=True)
 
 
 def test_actnorm_sees_the_batches_of_all_processes():
