@@ -40,6 +40,10 @@ class ActNorm(nn.Module):
                 self._initialize(x.detach())
             self._known = True
 
+    def settled(self):
+        """Whether the next batch leaves the parameters as they are."""
+        return self._known or not self.training
+
     @torch.no_grad()
     def _initialize(self, x):
         x = x.transpose(0, 1).flatten(1).float()  # (C, values)
@@ -109,16 +113,35 @@ class ActNormConv1x1(nn.Module):
         super().__init__()
         self.norm, self.conv = ActNorm(channels), InvertibleConv1x1(channels)
 
-    def forward(self, x, log_det=None, context=None):
+    def forward(self, x, log_det=None, context=None, prepared=None):
         self.norm.see(x)
-        return self._product(x, log_det, False)
+        return self._product(x, log_det, prepared or ops.plu_weight(*self.factors()))
 
-    def inverse(self, y, log_det=None, context=None):
-        return self._product(y, log_det, True)
+    def inverse(self, y, log_det=None, context=None, prepared=None):
+        return self._product(y, log_det, prepared or ops.plu_weight(*self.factors(), inverse=True))
 
-    def _product(self, x, log_det, inverse):
-        weight, bias, log_abs_det = ops.plu_weight(*self.conv.factors(), self.norm.log_scale, self.norm.shift, inverse=inverse)
+    def factors(self):
+        """The arguments of genkern.ops.plu_weight."""
+        return *self.conv.factors(), self.norm.log_scale, self.norm.shift
+
+    def _product(self, x, log_det, prepared):
+        weight, bias, log_abs_det = prepared
         return ops.invertible_conv1x1(x, weight, bias, log_abs_det=log_abs_det, log_det=log_det)
+
+    @staticmethod
+    def prepare(layers, inverse=False):
+        """{layer: {"prepared": (weight, bias, log_abs_det)}}, what a call of each of the layers of this class takes: those of one size
+        in one batch. The others are left out, and so are layers whose first batch is still to come."""
+        sizes, found = {}, {}
+        for layer in layers:
+            if isinstance(layer, ActNormConv1x1) and (inverse or layer.norm.settled()):
+                weight = layer.conv.lower
+                sizes.setdefault((weight.shape, weight.dtype, weight.device), []).append(layer)
+        for same in sizes.values():
+            batch = [torch.stack(parts) for parts in zip(*(layer.factors() for layer in same), strict=True)]
+            prepared = zip(*(part.unbind() for part in ops.plu_weight(*batch, inverse=inverse)), strict=True)
+            found.update((layer, {"prepared": p}) for layer, p in zip(same, prepared, strict=True))
+        return found
 
 
 class _Coupling(nn.Module):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from genkern.nn.flow_layers import ActNormConv1x1
+
 BACKWARDS = ("invert", "checkpoint", "store")
 
 
@@ -58,8 +60,9 @@ class InvertibleSequence(nn.Module):
     def inverse(self, y, log_det=None, context=None):
         """(x, log_det): the way back, with the log-determinant of that map."""
         log_det = y.new_zeros(len(y), dtype=torch.promote_types(y.dtype, torch.float32)) if log_det is None else log_det
+        prepared = ActNormConv1x1.prepare(self.layers, inverse=True)
         for layer in reversed(self.layers):
-            y, log_det = layer.inverse(y, log_det, context)
+            y, log_det = layer.inverse(y, log_det, context, **prepared.get(layer, {}))
         return y, log_det
 
     def _segments(self):
@@ -82,8 +85,9 @@ class InvertibleSequence(nn.Module):
 
 
 def _run(layers, x, log_det, context):
+    prepared = ActNormConv1x1.prepare(layers)
     for layer in layers:
-        x, log_det = layer(x, log_det, context)
+        x, log_det = layer(x, log_det, context, **prepared.get(layer, {}))
     return x, log_det
 
 
@@ -100,10 +104,10 @@ class _Inverted(torch.autograd.Function):
     def forward(ctx, sequence, layers, x, log_det, context, *parameters):
         ctx.sequence, ctx.layers, ctx.draws = sequence, layers, []
         ctx.autocast = _autocast(x.device.type)
-        y = x
+        y, prepared = x, ActNormConv1x1.prepare(layers)
         for layer in layers:
             before = _random_state(x.device)
-            y, log_det = layer(y, log_det, context)
+            y, log_det = layer(y, log_det, context, **prepared.get(layer, {}))
             ctx.draws.append(before if _drew(before, x.device) else None)
         ctx.save_for_backward(x, y, context, *parameters)
         return y, log_det

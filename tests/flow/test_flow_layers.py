@@ -204,6 +204,27 @@ def test_actnorm_and_convolution_in_one_product():
         torch.testing.assert_close(one, other)
 
 
+def test_weights_of_a_sequence_are_prepared_in_one_batch(monkeypatch):
+    torch.manual_seed(0)
+    sequence = InvertibleSequence([layer for _ in range(3) for layer in (ActNormConv1x1(4), Flip())]).double()
+    x = torch.randn(7, 4, 2, 2, dtype=torch.float64)
+    sequence(x)  # the first batch
+    y, log_det = x, None
+    for layer in sequence.layers:
+        y, log_det = layer(y, log_det)
+    calls, plu_weight = [], genkern.ops.plu_weight
+    monkeypatch.setattr(genkern.ops, "plu_weight", lambda *a, **options: calls.append(a[0].shape) or plu_weight(*a, **options))
+    got = sequence(x)
+    back, rest = sequence.inverse(*got)
+    assert calls == [(3, 4, 4)] * 2
+    for one, other in zip((*got, back, rest), (y, log_det, x, torch.zeros_like(rest)), strict=True):
+        torch.testing.assert_close(one, other)
+    wanted = torch.autograd.grad(y.sin().sum() + log_det.sum(), list(sequence.parameters()))
+    found = torch.autograd.grad(got[0].sin().sum() + got[1].sum(), list(sequence.parameters()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_limit_of_tanh_is_learned():
     layer = AffineCoupling(lambda seen, context: torch.cat([seen, 3 * seen], 1), 4, scale="tanh", limit=1.5, learned_limit=True)
     x = torch.randn(5, 4, 3, requires_grad=True)
