@@ -1,6 +1,7 @@
 """invertible_conv1x1: a learned mixing of channels with its log-determinant, and the preparation of its weights."""
 
 import torch
+import torch.nn.functional as F
 
 from genkern.ops._common import check_device, check_float, check_shape, in_working_type, promoted, working_type
 
@@ -41,15 +42,23 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
     with torch.autocast(x.device.type, enabled=False):
         if log_abs_det is None:
             log_abs_det = torch.linalg.slogdet(weight)[1]
-        columns = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)  # (N, C, positions)
         if inverse:
-            y = torch.linalg.inv(weight) @ (columns if bias is None else columns - bias[:, None])
-        else:
-            y = weight @ columns
+            weight = torch.linalg.inv(weight)
+            bias = None if bias is None else -(weight @ bias)
+        n, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
+        if x.dim() == 2:
+            y = F.linear(x, weight, bias)
+        elif channels > 4 * positions:  # whose gradient would be larger than x, if it were one matrix a sample
+            y = weight @ x.flatten(2)
             y = y if bias is None else y + bias[:, None]
-        positions = -x.shape[2:].numel() if inverse else x.shape[2:].numel()
-        own = (log_abs_det * positions).repeat(x.shape[0])
-    return y.reshape(x.shape).to(dtype), own if log_det is None else log_det + own
+        elif bias is None:
+            y = torch.bmm(weight.expand(n, -1, -1), x.flatten(2))
+        else:
+            y = torch.baddbmm(bias[:, None], weight.expand(n, -1, -1), x.flatten(2))
+        own = log_abs_det.expand(n)
+        positions = -positions if inverse else positions
+        own = own * positions if log_det is None else torch.add(log_det, own, alpha=positions)
+    return y.reshape(x.shape).to(dtype), own
 
 
 def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, shift=None, *, inverse=False):
