@@ -5,7 +5,7 @@
 
 One forward and backward pass over K Glow steps. For every way to get the activations back it prints the bytes that autograd holds
 between forward and backward (unique storages, parameters left out), the growth of the peak resident memory (Linux) in a process of
-its own, and the median time, the ways interleaved in one process. normflows is measured where it is installed.
+its own, and the median processor time, the ways interleaved in one process. normflows is measured where it is installed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from genkern.models.flow.networks import ConvNet
-from genkern.nn import ActNorm, AffineCoupling, InvertibleConv1x1, InvertibleSequence
+from genkern.nn import ActNormConv1x1, AffineCoupling, InvertibleSequence
 
 WAYS = ("store", "torch checkpoint, each step", "torch checkpoint, sqrt(K) segments", "invert", "normflows")
 
@@ -34,7 +34,7 @@ def steps(k, shape, width):
         network = ConvNet(channels // 2, 2 * (channels - channels // 2), width)
         with torch.no_grad():
             network.last.weight.normal_().mul_(0.02)  # as after some training
-        layers.append([ActNorm(channels), InvertibleConv1x1(channels), AffineCoupling(network, channels, shift_first=True)])
+        layers.append([ActNormConv1x1(channels), AffineCoupling(network, channels, shift_first=True)])
     return layers
 
 
@@ -141,12 +141,12 @@ def main():
             once(*runs[way], x)  # warm, and the actnorms know their data
         for _ in range(arguments.rounds):
             for way in ways:
-                start = time.perf_counter()
+                start = time.process_time()
                 once(*runs[way], x)
-                times[way].append(time.perf_counter() - start)
+                times[way].append(time.process_time() - start)
         machine = f"{torch.backends.cpu.get_cpu_capability()}, one thread"
         print(f"\nK = {k}, {arguments.shape}, networks of {arguments.width} channels, {machine}")
-        print(f"{'':36}{'kept MB':>10}{'peak MB':>10}{'ms':>10}")
+        print(f"{'':36}{'kept MB':>10}{'peak MB':>10}{'CPU ms':>10}")
         for way in ways:
             kept_mb, peak_mb = kept(*runs[way], x) / 1e6, peak(way, k, arguments.shape, arguments.width) / 1e6
             print(f"{way:36}{kept_mb:10.2f}{peak_mb:10.1f}{1e3 * statistics.median(times[way]):10.1f}")

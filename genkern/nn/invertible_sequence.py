@@ -24,14 +24,14 @@ class InvertibleSequence(nn.Module):
                               such as splines, whose inverse loses digits in any precision of the stream, are checkpointed
     every       layers between two kept inputs
     tolerance   largest difference of an input that was computed back from the kept one, relative to the largest element. It is
-                measured in the first `trials` backward passes and in every 16th after them. Where it is larger, the gradients of
-                that pass are computed from the kept input, a warning says so and the sequence goes on with "checkpoint"
+                measured in the first `trials` passes and in every 16th after them. Where it is larger, the gradients of that pass are
+                computed from the kept input, a warning says so and the sequence goes on with half of `every`, at last with "checkpoint"
 
     The stream x must be float32 or float64 for "invert": in bfloat16 no layer can be inverted well enough. The networks inside may
     run under autocast. Random draws of the networks (dropout) are repeated. Gradients of gradients need "store".
     """
 
-    def __init__(self, layers, *, backward="store", every=16, tolerance=1e-3, trials=10):
+    def __init__(self, layers, *, backward="store", every=32, tolerance=1e-3, trials=10):
         super().__init__()
         if backward not in BACKWARDS:
             raise ValueError(f"InvertibleSequence: backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
@@ -49,10 +49,11 @@ class InvertibleSequence(nn.Module):
             raise TypeError(f'InvertibleSequence: backward="invert" needs a float32 or float64 stream, got {x.dtype}')
         if self.backward == "store" or not torch.is_grad_enabled():
             return _run(self.layers, x, log_det, context)
+        measured = self.backward == "invert" and self._measures()
         for layers in self._segments():
             if self.backward == "invert" and all(getattr(layer, "safe_inverse", False) for layer in layers):
                 parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
-                x, log_det = _Inverted.apply(self, layers, x, log_det, context, *parameters)
+                x, log_det = _Inverted.apply(self, layers, measured, x, log_det, context, *parameters)
             else:
                 x, log_det = _checkpointed(layers, x, log_det, context)
         return x, log_det
@@ -85,10 +86,21 @@ class InvertibleSequence(nn.Module):
 
 
 def _run(layers, x, log_det, context):
+    _settle(layers, x, context)
     prepared = ActNormConv1x1.prepare(layers)
     for layer in layers:
         x, log_det = layer(x, log_det, context, **prepared.get(layer, {}))
     return x, log_det
+
+
+def _settle(layers, x, context):
+    """Let the first batch set the actnorms whose weights will be prepared, so that this pass is like the later ones: a checkpoint
+    around the layers needs both of its runs alike."""
+    if all(layer.norm.settled() for layer in layers if isinstance(layer, ActNormConv1x1)):
+        return
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        for layer in layers:
+            x, _ = layer(x, None, context)
 
 
 def _checkpointed(layers, x, log_det, context):
@@ -101,8 +113,9 @@ class _Inverted(torch.autograd.Function):
     """A run of layers that keeps its input and its output."""
 
     @staticmethod
-    def forward(ctx, sequence, layers, x, log_det, context, *parameters):
+    def forward(ctx, sequence, layers, measured, x, log_det, context, *parameters):
         ctx.sequence, ctx.layers, ctx.draws = sequence, layers, []
+        ctx.measured, ctx.every = measured, sequence.every
         ctx.autocast = _autocast(x.device.type)
         y, prepared = x, ActNormConv1x1.prepare(layers)
         for layer in layers:
@@ -131,14 +144,14 @@ class _Inverted(torch.autograd.Function):
                 sums[p] = g if sums[p] is None else sums[p] if g is None else sums[p] + g
             if len(wanted) > len(inputs) + len(mine) and found[-1] is not None:
                 grad_context = found[-1] if grad_context is None else grad_context + found[-1]
-        if sequence._measures():
+        if ctx.measured:
             error = float((x - start).abs().amax() / start.abs().amax().clamp(min=1e-30)) if x.numel() else 0.0
             error = math.inf if math.isnan(error) else error
             sequence.reconstruction_error = max(sequence.reconstruction_error, error)
             if not error <= sequence.tolerance:
-                _fall_back(sequence, error)
+                _fall_back(sequence, ctx.every, error)
                 return _recomputed(ctx, start, context, parameters, grad_output, grad_log_det)
-        return None, None, grad, grad_log_det, grad_context, *sums.values()
+        return None, None, None, grad, grad_log_det, grad_context, *sums.values()
 
 
 def _retraced(layer, y, context):
@@ -158,11 +171,19 @@ def _joined(grads, inputs):
     return grads[0] if len(grads) == 1 else torch.cat(grads, 1)
 
 
-def _fall_back(sequence, error):
-    sequence.backward = "checkpoint"
+def _fall_back(sequence, every, error):
+    """Keep more: once for a pass, which ran with `every`."""
+    if sequence.backward != "invert" or sequence.every != every:
+        return
+    if every >= 4:
+        sequence.every = every // 2
+        then = f"it goes on with the input of every {sequence.every}th layer"
+    else:
+        sequence.backward = "checkpoint"
+        then = "it goes on with checkpoints"
     warnings.warn(
         f"InvertibleSequence: inputs computed back differ by {error:.1e} of the largest element, more than {sequence.tolerance:.0e}; "
-        "it goes on with checkpoints, which need more memory (smaller scales or a smaller `every` help)",
+        f"{then}, which needs more memory (smaller scales help)",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -178,7 +199,7 @@ def _recomputed(ctx, start, context, parameters, grad, grad_log_det):
         pairs = [(o, g) for o, g in ((out, grad), (log_det, grad_log_det)) if o.requires_grad]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
     rest = found[-len(parameters) :] if parameters else ()
-    return None, None, found[0], grad_log_det, found[1] if len(found) > 1 + len(parameters) else None, *rest
+    return None, None, None, found[0], grad_log_det, found[1] if len(found) > 1 + len(parameters) else None, *rest
 
 
 # ---- the state of random numbers and of autocast, for the second run of a network

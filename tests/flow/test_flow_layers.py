@@ -114,14 +114,27 @@ def test_only_safe_layers_are_inverted():
 
 def test_garbage_is_measured_and_not_trained_on():
     """Scales that the inverse cannot undo in float32: the gradients are right all the same, and a warning says what happens next."""
-    with pytest.warns(RuntimeWarning, match="goes on with checkpoints"):
-        sequence, got = gradients("invert", count=24, scale=6.0, every=200)
-    assert sequence.backward == "checkpoint" and sequence.reconstruction_error > sequence.tolerance
-    _, wanted = gradients("store", count=24, scale=6.0)
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=float(other.detach().abs().max()) * 1e-4)
+    wanted = gradients("store", count=24, scale=6.0)[1]
+    for every, says in ((200, "every 100th layer"), (2, "goes on with checkpoints")):
+        with pytest.warns(RuntimeWarning, match=says) as found:
+            sequence, got = gradients("invert", count=24, scale=6.0 if every > 2 else 60.0, every=every)
+        assert len(found) == 1 and sequence.reconstruction_error > sequence.tolerance
+        if every > 2:
+            for one, other in zip(got, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=float(other.detach().abs().max()) * 1e-4)
+    assert sequence.backward == "checkpoint"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        sequence(torch.randn(4, 6, requires_grad=True))[0].sum().backward()
+
+
+def test_every_segment_of_a_pass_is_measured():
+    class Liar(Flip):
+        def inverse(self, y, log_det=None, context=None):
+            return 2 * y.flip(1), log_det
+
+    sequence = InvertibleSequence([Liar(), *(Flip() for _ in range(15))], backward="invert", every=1, trials=1)
+    with pytest.warns(RuntimeWarning, match="goes on with checkpoints"):
         sequence(torch.randn(4, 6, requires_grad=True))[0].sum().backward()
 
 
@@ -223,6 +236,15 @@ def test_weights_of_a_sequence_are_prepared_in_one_batch(monkeypatch):
     found = torch.autograd.grad(got[0].sin().sum() + got[1].sum(), list(sequence.parameters()))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_checkpoint_around_a_sequence_at_its_first_batch():
+    from torch.utils.checkpoint import checkpoint
+
+    sequence = InvertibleSequence(couplings(3, dropout=0.3))
+    y, log_det = checkpoint(sequence, torch.randn(8, 6, requires_grad=True), use_reentrant=False)
+    (y.sum() + log_det.sum()).backward()
+    assert all(p.grad is not None for p in sequence.parameters())
 
 
 def test_the_limit_of_tanh_is_learned():
