@@ -131,11 +131,19 @@ class _Inverted(torch.autograd.Function):
         start, y, context, *parameters = ctx.saved_tensors
         sequence, x, sums = ctx.sequence, y, dict.fromkeys(parameters)
         grad_output, grad_context = grad, None
+        with torch.enable_grad():
+            prepared, whole = ActNormConv1x1.prepare(ctx.layers), {}  # the weights of all layers; of each leaf the one with the graph
+        inverses = ActNormConv1x1.prepare(ctx.layers, inverse=True)
         for layer, draws in zip(reversed(ctx.layers), reversed(ctx.draws), strict=True):
-            mine = [p for p in layer.parameters() if p.requires_grad]
+            mine, options = [p for p in layer.parameters() if p.requires_grad], {}
+            if layer in prepared:
+                leaves = [w.detach().requires_grad_(w.requires_grad) for w in prepared[layer]["prepared"]]
+                whole.update(zip(leaves, prepared[layer]["prepared"], strict=True))
+                mine, options = [leaf for leaf in leaves if leaf.requires_grad], {"prepared": leaves}
+                sums.update(dict.fromkeys(mine))
             with _replayed(draws, x.device), ctx.autocast(), torch.enable_grad():
                 condition = context if context is None else context.detach().requires_grad_(context.requires_grad)
-                x, inputs, out, log_det = _retraced(layer, x, condition)
+                x, inputs, out, log_det = _retraced(layer, x, condition, inverses.get(layer, {}), options)
                 wanted = [*inputs, *mine, *([condition] if condition is not None and condition.requires_grad else [])]
                 pairs = [(o, g) for o, g in ((out, grad), (log_det, grad_log_det)) if o.requires_grad]
                 found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
@@ -144,6 +152,11 @@ class _Inverted(torch.autograd.Function):
                 sums[p] = g if sums[p] is None else sums[p] if g is None else sums[p] + g
             if len(wanted) > len(inputs) + len(mine) and found[-1] is not None:
                 grad_context = found[-1] if grad_context is None else grad_context + found[-1]
+        pairs = [(w, g) for leaf, w in whole.items() if (g := sums.pop(leaf, None)) is not None]
+        if pairs:
+            weights, gradients = zip(*pairs, strict=True)
+            theirs = [p for layer in prepared for p in layer.parameters() if p.requires_grad]
+            sums.update(zip(theirs, torch.autograd.grad(weights, theirs, gradients, allow_unused=True), strict=True))
         if ctx.measured:
             error = float((x - start).abs().amax() / start.abs().amax().clamp(min=1e-30)) if x.numel() else 0.0
             error = math.inf if math.isnan(error) else error
@@ -154,14 +167,14 @@ class _Inverted(torch.autograd.Function):
         return None, None, None, grad, grad_log_det, grad_context, *sums.values()
 
 
-def _retraced(layer, y, context):
+def _retraced(layer, y, context, inverse, options):
     """(x, the leaves it was made of, y again, log_det): the input of a layer from its output, and the layer's graph."""
     if hasattr(layer, "retrace"):  # a coupling runs its network once for both
         return layer.retrace(y, context)
     with torch.no_grad():
-        x, _ = layer.inverse(y, y.new_zeros(len(y)), context)
+        x, _ = layer.inverse(y, y.new_zeros(len(y)), context, **inverse)
     x.requires_grad_()
-    out, log_det = layer(x, y.new_zeros(len(y)), context)
+    out, log_det = layer(x, y.new_zeros(len(y)), context, **options)
     return x.detach(), [x], out, log_det
 
 

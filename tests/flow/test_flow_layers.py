@@ -105,7 +105,7 @@ def test_only_safe_layers_are_inverted():
     calls = []
     for layer in layers:
         inverse = layer.inverse
-        layer.inverse = lambda *a, layer=layer, inverse=inverse: calls.append(type(layer)) or inverse(*a)
+        layer.inverse = lambda *a, layer=layer, inverse=inverse, **o: calls.append(type(layer)) or inverse(*a, **o)
     sequence = InvertibleSequence(layers, backward="invert", every=3)
     y, log_det = sequence(torch.randn(8, 6, requires_grad=True))
     (y.sum() + log_det.sum()).backward()
