@@ -39,9 +39,13 @@ GK_FN void load_columns(const float* from, int64_t stride, int rows, int n, lane
   constexpr auto lanes = std::make_index_sequence<kLanes>();
   for (int column = 0; column < n; column += kColumns) {
     const int some = std::min(kColumns, n - column);
-    lane_f32 x[kColumns], y[kColumns];
-    const auto row = [&](int e) { return load_first(from + std::min(e, rows - 1) * stride + column, some, lane_f32{}); };
-    for (int i = 0; i < kColumns; i++) x[i] = kRowsTogether == 2 ? join_rows(row(2 * i), row(2 * i + 1), lanes) : row(i);
+    lane_f32 row[kLanes], x[kColumns], y[kColumns];
+    const float* p = from + column;
+    for (int e = 0; e < kLanes; e++) {
+      row[e] = load_first(p, some, lane_f32{});
+      p += e + 1 < rows ? stride : 0;
+    }
+    for (int i = 0; i < kColumns; i++) x[i] = kRowsTogether == 2 ? join_rows(row[2 * i], row[2 * i + 1], lanes) : row[i];
     for (int step = 1; step < kColumns; step *= 2) {
       for (int i = 0; i < kColumns / 2; i++) {
         y[i] = even_lanes(x[2 * i], x[2 * i + 1], lanes);
@@ -49,7 +53,8 @@ GK_FN void load_columns(const float* from, int64_t stride, int rows, int n, lane
       }
       for (int i = 0; i < kColumns; i++) x[i] = y[i];
     }
-    for (int i = 0; i < some; i++) to[column + i] = x[i];
+    for (int i = 0; i < kColumns; i++)  // not `i < some`: that becomes a call of memcpy
+      if (i < some) to[column + i] = x[i];
   }
 }
 GK_FN void store_columns(float* to, int64_t stride, int rows, int n, const lane_f32* from) {

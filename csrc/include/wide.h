@@ -1,5 +1,7 @@
 // Double where a float would lose the digits: Wide<V> holds as many doubles as V has floats.
 #pragma once
+#include <utility>
+
 #include "lanes.h"
 
 namespace gk {
@@ -66,17 +68,20 @@ GK_FN lane_f64 sqrt(const lane_f64& x) { return {sqrt(x.a), sqrt(x.b)}; }
 GK_FN lane_f64 at_least(const lane_f64& a, const lane_f64& b, const lane_f64& yes, const lane_f64& no) {
   return {at_least(a.a, b.a, yes.a, no.a), at_least(a.b, b.b, yes.b, no.b)};
 }
-GK_FN lane_f64 widen(lane_f32 x) {
-  half_f32 half[2];
-  memcpy(half, &x, sizeof(x));
-  return {__builtin_convertvector(half[0], half_f64), __builtin_convertvector(half[1], half_f64)};
+template <size_t... i>
+GK_FN lane_f64 widen(lane_f32 x, std::index_sequence<i...>) {  // by shuffles: through memory the halves would wait for each other
+  return {__builtin_convertvector(__builtin_shufflevector(x, x, i...), half_f64),
+          __builtin_convertvector(__builtin_shufflevector(x, x, (kLanes / 2 + i)...), half_f64)};
+}
+GK_FN lane_f64 widen(lane_f32 x) { return widen(x, std::make_index_sequence<kLanes / 2>()); }
+template <size_t... i>
+GK_FN lane_f32 join(half_f32 a, half_f32 b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, i...);
 }
 template <class V>
 GK_FN V narrow(const lane_f64& x) {
-  const half_f32 half[2] = {__builtin_convertvector(x.a, half_f32), __builtin_convertvector(x.b, half_f32)};
-  V y;
-  memcpy(&y, half, sizeof(y));
-  return y;
+  const half_f32 a = __builtin_convertvector(x.a, half_f32), b = __builtin_convertvector(x.b, half_f32);
+  return join(a, b, std::make_index_sequence<kLanes>());
 }
 
 // e^x for |x| <= 700: the digits a float has, and two more; keeps NaN.
