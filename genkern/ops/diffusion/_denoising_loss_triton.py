@@ -11,7 +11,8 @@ from genkern.ops.diffusion._q_sample_triton import factors_of, key_of, noise, pe
 
 @triton.jit(do_not_specialize=["scale"])
 def loss_kernel(
-    prediction, other, partial, grad_prediction, grad_other, prediction_stride, other_stride, alpha, sigma, grad, key, scale, rows, width,
+    prediction, other, partial, grad_prediction, grad_other, prediction_stride, other_stride, alpha, sigma, grad, key, scale,
+    rows, width,
     ON_X: tl.constexpr, SIGMA_ON_X: tl.constexpr, ON_EPS: tl.constexpr, ALPHA_ON_EPS: tl.constexpr, DTYPE: tl.constexpr,
     KEY_STRIDE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
