@@ -276,6 +276,20 @@ template <class V>
 GK_FN void store(Scalar<V>* p, V x) {
   memcpy(p, &x, sizeof(V));
 }
+GK_FN lane_i32 lane_indices() {
+  lane_i32 index;
+  for (int i = 0; i < kLanes; i++) index[i] = i;
+  return index;
+}
+GK_FN bool any(lane_i32 condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; i++) all |= condition[i];
+  return all != 0;
+#endif
+}
 GK_FN double load_first(const double* p, int count, double) { return count ? *p : 0.0; }
 GK_FN void store_first(double* p, double x, int count) {
   if (count) *p = x;
@@ -283,6 +297,8 @@ GK_FN void store_first(double* p, double x, int count) {
 GK_FN lane_f32 load_first(const float* p, int count, lane_f32) {
 #if defined(__AVX512F__)
   return (lane_f32)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  return (lane_f32)_mm256_maskload_ps(p, (__m256i)(lane_indices() < count));
 #else
   lane_f32 x = {};
   for (int i = 0; i < count; i++) x[i] = p[i];
@@ -292,6 +308,8 @@ GK_FN lane_f32 load_first(const float* p, int count, lane_f32) {
 GK_FN void store_first(float* p, lane_f32 x, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)(lane_indices() < count), (__m256)x);
 #else
   for (int i = 0; i < count; i++) p[i] = x[i];
 #endif
@@ -308,9 +326,7 @@ GK_FN double sum_lanes(lane_f32 x) {  // fixed order
 #endif
 }
 GK_FN lane_f32 keep_first(lane_f32 x, int count) {  // the others become zero
-  lane_i32 index;
-  for (int i = 0; i < kLanes; i++) index[i] = i;
-  return index < count ? x : lane_f32{};
+  return lane_indices() < count ? x : lane_f32{};
 }
 GK_FN double keep_first(double x, int count) { return count ? x : 0.0; }
 
