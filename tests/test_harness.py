@@ -226,6 +226,15 @@ def test_bench_takes_right_draws_of_every_type(dtype, capsys):
 
 
 @needs_cpu_kernels
+def test_bench_writes_a_row_for_each_number_of_threads(tmp_path, capsys):
+    out = tmp_path / "a.json"
+    assert bench.main(["random_uniform", "--shape", "64", "--quick", "--threads", "1,2", "--json", str(out)]) == 0
+    run = json.loads(out.read_text())
+    assert [r["threads"] for r in run["results"]] == run["machine"]["threads"] == [1, 2]
+    assert bench.compare(run, run) == []
+
+
+@needs_cpu_kernels
 def test_bench_refuses_a_wrong_draw(monkeypatch, capsys):
     op = core.OPS["random_uniform"]
     monkeypatch.setitem(op._forward, "cpu", lambda key, out, a, b: out.zero_())
@@ -234,11 +243,11 @@ def test_bench_refuses_a_wrong_draw(monkeypatch, capsys):
 
 
 def test_bench_table_fits_100_columns(capsys):
-    facts = {"cpu": "a processor", "instruction_set": "AVX512", "threads": 1, "torch": "2.13.0+cpu", "genkern": "0.1.0"}
+    facts = {"cpu": "a processor", "instruction_set": "AVX512", "torch": "2.13.0+cpu", "genkern": "0.1.0"}
     contender = {"us": 123456.7, "ratio": 0.91, "ratio_p20": 100.1, "ratio_p80": 100.2, "of_copy": 1.0, "genkern_ratio": 100.1}
     contender["peak_bytes"] = 1 << 20
     names = ("eager", "genkern", "compile", "copy")
-    result = {"op": "random_exponential", "shape": [8, 4, 128, 128], "mode": "forward+backward"}
+    result = {"op": "random_exponential", "shape": [8, 4, 128, 128], "mode": "forward+backward", "threads": 2}
     bench.print_header(facts)
     bench.print_row(result | {"contenders": {name: contender for name in names}})
     lines = capsys.readouterr().out.splitlines()
