@@ -36,7 +36,11 @@ def main(argv=None):
         hint = f"; did you mean {close[0]!r}?" if close else f"; the commands are {', '.join(COMMANDS)}"
         print(f"genkern: no command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    return int(COMMANDS[argv[0]](argv[1:]) or 0)
+    try:
+        return int(COMMANDS[argv[0]](argv[1:]) or 0)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain again on closing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 @command
@@ -53,11 +57,12 @@ def info(argv):
     if build:
         stale = ", STALE: the sources have changed since; run python -m genkern build" if build.get("stale") else ""
         print(f"built {build['built_at']} with torch {build.get('torch_headers', '?')} headers{stale}")
+    missing = {part: entry for part, entry in (build.get("parts") or {}).items() if not entry["built"]}
     for part, library in report["libraries"].items():
-        print(f"  {part:9} {library['path'] or ''} {library['why'] or 'loaded'}")
-    for part, entry in (build.get("parts") or {}).items():
-        if not entry["built"]:
-            print(f"  {part:9} not built: {entry['why'].strip().splitlines()[-1]}\n            mend: {entry['mend']}")
+        if part not in missing:
+            print(f"  {part:9} {library['why'] or 'loaded'}" + (f" ({library['path']})" if library["path"] else ""))
+    for part, entry in missing.items():
+        print(f"  {part:9} not built: {entry['why'].strip().splitlines()[-1]}\n            mend: {entry['mend']}")
     device_types = list(report["active"])
     width = max(map(len, report["ops"])) + 2
     print(f"\n{'op':{width}}" + "".join(f"{d:12}" for d in device_types) + "why not the fast one")
@@ -113,14 +118,15 @@ def verify(argv):
     from genkern.testing import verify as run
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    verdicts = run(device)
-    for name, verdict in verdicts.items():
-        print(f"{name:40} {verdict}")
+    print(f"every kernel for {device} tensors against its reference, at small sizes; this takes a minute or a few", flush=True)
+    verdicts = run(device, lambda name, verdict: print(f"{name:40} {verdict}", flush=True))
+    failed = sum(verdict != "passed" for verdict in verdicts.values())
+    print(f"{len(verdicts) - failed} passed, {failed} failed" if verdicts else f"no kernels exist for {device} tensors: genkern info")
     if device == "cuda":
         from genkern.core._verified import save_verdicts
 
         print("kept in", save_verdicts(verdicts))
-    return any(verdict != "passed" for verdict in verdicts.values())
+    return failed or not verdicts
 
 
 @command

@@ -129,7 +129,9 @@ def _cpu_library():
 def libraries():
     """{part: (path or None, None or the reason it is not loaded)}; the first call loads what is there."""
     for part, path in (("cpu", _cpu_library()), ("cuda", _PACKAGE / "_C_cuda.so")):
-        if path is None or not path.exists():
+        if path is not None and part == "cpu" and not path.exists():
+            _libraries[part] = (str(path), "GENKERN_CPU_LIBRARY names no file")
+        elif path is None or not path.exists():
             _libraries[part] = (None, _build_info.why_missing(part) or "not built")
         elif part == "cuda" and torch.version.cuda is None:
             _libraries[part] = (str(path), "this torch has no CUDA")

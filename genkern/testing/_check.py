@@ -35,8 +35,11 @@ def float32_noise():
         yield
 
 
-def verify(device):
-    """{"op/backend": "passed" or what is wrong} of every kernel that exists for this device type, at small sizes."""
+def verify(device, report=lambda name, verdict: None):
+    """{"op/backend": "passed" or what is wrong} of every kernel that exists for this device type, at small sizes.
+
+    report(name, verdict) is called as soon as a kernel's is known.
+    """
     from genkern.testing._case import all_cases
 
     verdicts = {}
@@ -49,6 +52,7 @@ def verify(device):
                 verdicts[f"{name}/{backend}"] = str(error)
             except Exception as error:  # such as a compiler's: one kernel's failure must not hide the others' verdicts
                 verdicts[f"{name}/{backend}"] = f"{type(error).__name__}: {error}"
+            report(f"{name}/{backend}", verdicts[f"{name}/{backend}"])
     return verdicts
 
 
