@@ -1,6 +1,7 @@
 """One training loop for every model.
 
     import genkern.data, genkern.train
+    from genkern.models import VAE
 
     data = genkern.data.load("digits")
     model = VAE(VAE.config_for(data))
@@ -51,7 +52,8 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
 
     model: a genkern model, also one inside torch.compile or divided by fully_shard; it is trained where it lies. Left in evaluation
     mode with its last weights (their average where `ema` is set); the best ones are in `out`.
-    out: a folder; None writes nothing. resume: go on from out/last.safetensors, or begin where there is none.
+    out: a folder; None writes nothing. resume: go on from out/last.safetensors, or begin where there is none. seed: of order and noise.
+    validate: False leaves data.validation alone, and the loss in training says which weights are best. progress: lines on stderr.
     save_every: steps between checkpoints within an epoch, beside the one after it. training: the fields of Training,
     by default the model's own. Each epoch leaves out the last len(train) % batch_size samples of its shuffled order.
     """
