@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op, backend
-from genkern.ops._common import check_float, check_like, in_working_type, same_precision, working_type
+from genkern.ops._common import FLOATS, check_float, check_like, in_working_type, same_precision, working_type
 from genkern.testing._case import Case
 
 
@@ -72,11 +72,21 @@ def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
 
 def _check(op, x, **parameters):
     (name, first), *others = parameters.items()
+    if _alike(first, *parameters.values(), x):
+        return
     check_float(op, name, first)
     if first.dim() == 0:
         raise ValueError(f"{op}: {name} needs a batch dimension, got shape ()")
     for other, tensor in (*others, ("x", x)):
         check_like(op, other, tensor, name, first)
+
+
+def _alike(first, *others):
+    """The usual case, seen at once: at small sizes the checks are a good part of the call."""
+    for x in others:
+        if not isinstance(x, torch.Tensor) or x.dtype is not first.dtype or x.shape != first.shape or x.device != first.device:
+            return False
+    return first.dtype in FLOATS and first.dim() > 0
 
 
 def _run(op, x, *args):
