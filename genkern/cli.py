@@ -180,8 +180,7 @@ def train(argv):
         from genkern.train import fit
 
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = arguments["device"] or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        device = usable_device(arguments["device"])
         source = data.load(arguments["data"], window=arguments["window"])
         torch.manual_seed(arguments["seed"])
         model = kind(kind.config_for(source, **given[kind.Config])).to(device)
@@ -363,7 +362,7 @@ def model_names():
     """{name at the command line: class}: BetaVAE is beta-vae."""
     from genkern.models._base import MODELS
 
-    return {_kebab(name): kind for name, kind in sorted(MODELS.items()) if hasattr(kind, "Config")}
+    return dict(sorted((_kebab(name), kind) for name, kind in MODELS.items() if hasattr(kind, "Config")))
 
 
 def model_class(name):
@@ -381,8 +380,6 @@ def model_class(name):
 
 def load_run(folder, device=None):
     """(the model, what run.json says) of a folder that fit() or save_pretrained() wrote."""
-    import torch
-
     from genkern import models
 
     folder = Path(folder)
@@ -390,10 +387,26 @@ def load_run(folder, device=None):
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.load(folder).to(device)
-    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-    return model, run
+    device, run = usable_device(device), {}
+    if (folder / "run.json").exists():
+        try:
+            run = json.loads((folder / "run.json").read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder / 'run.json'} cannot be used: {error}") from error
+        if not isinstance(run, dict) or not isinstance(run.get("data", ""), str):
+            raise ValueError(f"{folder / 'run.json'} cannot be used: it must be an object, and its data a name")
+    return models.load(folder).to(device), run
+
+
+def usable_device(name=None):
+    """The torch device of that name, by default this process's GPU where there is one; ValueError where it cannot be used."""
+    import torch
+
+    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _run_parser(name, function):

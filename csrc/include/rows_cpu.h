@@ -97,6 +97,7 @@ struct Vector<double> {
   using type = double;
 };
 
+constexpr int64_t kAhead = 512;  // elements: the processor's own prefetch stops at the end of every page of memory
 constexpr int64_t kNoiseRoom = kTile + 8 * kLanes;
 
 template <class N>
@@ -151,9 +152,9 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   for (; i + kChains * kCount <= n; i += kChains * kCount)
     for (int c = 0; c < kChains; c++) {
       const int64_t at = i + c * kCount;
-      for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at);
+      for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
       job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
-      for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]);
+      for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
       for (int k = 0; k < F::kSums; k++) chain[c][k] = chain[c][k] + term[k];
     }
   for (; kCount > 1 && i < n; i += kCount) {  // what is left, whole or not, in one copy of the functor: they take long to compile
