@@ -37,6 +37,7 @@ def actnorm(x, log_scale, shift, *, inverse=False, log_det=None):
     else:
         check_float(_NAME, "log_det", log_det)
         check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")
+        check_device(_NAME, "log_det", log_det, "x", x)
         own = torch.add(log_det, own, alpha=positions)
     over_channels = (-1, *[1] * (x.dim() - 2))
     log_scale, shift = log_scale.view(over_channels), shift.view(over_channels)

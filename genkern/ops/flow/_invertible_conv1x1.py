@@ -37,6 +37,7 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
         if tensor is not None:
             check_float(_NAME, name, tensor)
             check_shape(_NAME, name, tensor, shape, meaning)
+            check_device(_NAME, name, tensor, "x", x)
     dtype = promoted(x, weight, bias)
     x, weight, bias, log_abs_det = in_working_type(x, weight, bias, log_abs_det)
     with torch.autocast(x.device.type, enabled=False):
@@ -86,10 +87,12 @@ def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, sh
     for name, tensor in (("permutation", permutation), ("upper", upper)):
         check_float(op, name, tensor)
         check_shape(op, name, tensor, lower.shape, "(..., C, C)")
+        check_device(op, name, tensor, "lower", lower)
     for name, tensor in (("sign", sign), ("log_diagonal", log_diagonal), ("log_scale", log_scale), ("shift", shift)):
-        if tensor is not None:
+        if tensor is not None or name in ("sign", "log_diagonal"):
             check_float(op, name, tensor)
             check_shape(op, name, tensor, lower.shape[:-1], "(..., C)")
+            check_device(op, name, tensor, "lower", lower)
     tensors = in_working_type(permutation, lower, upper, sign, log_diagonal, log_scale, shift)
     dtype = working_type(*tensors)
     permutation, lower, upper, sign, log_diagonal, log_scale, shift = (None if t is None else t.to(dtype) for t in tensors)
@@ -112,7 +115,10 @@ def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, sh
 
 
 def plu_factors(weight):
-    """(permutation, lower, upper, sign, log_diagonal) of an invertible weight (..., C, C), the arguments of `plu_weight`."""
+    """(permutation, lower, upper, sign, log_diagonal) of an invertible weight (..., C, C), the arguments of `plu_weight`.
+
+    float32 or float64, as torch.linalg.lu takes them. TypeError, ValueError on anything else.
+    """
     check_float("plu_factors", "weight", weight)
     if weight.dim() < 2 or weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"plu_factors: weight must be (..., C, C), got shape {tuple(weight.shape)}")
