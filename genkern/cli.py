@@ -472,7 +472,9 @@ def _grid(model, values):
     from genkern import plots
 
     if values.dim() < 4:
-        raise ValueError(f"this {type(model).__name__} is not of images but of {tuple(values.shape[1:])}: samples go into an --out of .npy")
+        raise ValueError(
+            f"this {type(model).__name__} is not of images but of {tuple(values.shape[1:])}: samples go into an --out of .npy"
+        )
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 
