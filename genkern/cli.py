@@ -472,9 +472,8 @@ def _grid(model, values):
     from genkern import plots
 
     if values.dim() < 4:
-        raise ValueError(
-            f"this {type(model).__name__} is not of images but of {tuple(values.shape[1:])}: samples go into an --out of .npy"
-        )
+        shape = tuple(values.shape[1:])
+        raise ValueError(f"samples of this {type(model).__name__} are no images but {shape}: give an --out of .npy, or of .txt for text")
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 
