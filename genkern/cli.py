@@ -256,6 +256,10 @@ def sample(argv):
             _picture(out, lambda file, **_: file.write(text + b"\n"))
         elif hasattr(model.config, "rate"):
             _sound(out, values, model.config.rate)
+        elif getattr(model.config, "shape", None) == (2,) and hasattr(model, "log_prob") and "labels" not in model.conditions:
+            from genkern import plots
+
+            _picture(out, plots.density(model, values).savefig, dpi=120)
         else:
             _picture(out, _grid(model, values).save)
         print(f"wrote {out}")
@@ -353,6 +357,8 @@ def traverse(argv):
         model, _ = load_run(arguments.folder, arguments.device)
         if not hasattr(model, "traverse"):
             raise ValueError(f"{type(model).__name__} has no latent directions to traverse")
+        if len(getattr(model.config, "shape", (1, 1, 1))) != 3:
+            raise ValueError(f"this {type(model).__name__} is not of images: there is nothing to show")
         images = model.traverse(steps=arguments.steps, key=random.key(arguments.seed))
         _picture(Path(arguments.out), plots.grid(images, levels=getattr(model.config, "levels", None)).save)
         print(f"wrote {arguments.out}")
@@ -484,6 +490,9 @@ def labels(model, n, label=None):
 def _grid(model, values):
     from genkern import plots
 
+    if values.dim() < 4:
+        shape = tuple(values.shape[1:])
+        raise ValueError(f"samples of this {type(model).__name__} are no images but {shape}: give an --out of .npy, or of .txt for text")
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 
