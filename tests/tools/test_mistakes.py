@@ -56,7 +56,8 @@ def test_words(run, command, words, capsys, monkeypatch):
 
 def test_interrupted(tmp_path):
     pytest.importorskip("sklearn")
-    command = [sys.executable, "-m", "genkern", *"train vae --data digits --width 4 --hidden 16 --save-every 3 --out".split(), tmp_path]
+    small = ["--width", "4", "--hidden", "16", "--save-every", "3"]
+    command = [sys.executable, "-m", "genkern", "train", "vae", "--data", "digits", *small, "--out", tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(Path(genkern.__file__).parent.parent)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "last.safetensors").exists() and process.poll() is None:
