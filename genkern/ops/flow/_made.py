@@ -128,7 +128,7 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
         complete(known, done + 1)
     back = order.argsort()
     params = params[:, back]
-    return states[0][:, back], (params.transpose(1, 2) if layout == "blocks" else params).reshape(batch, -1)
+    return states[0][:, back], (params.transpose(1, 2) if layout == "blocks" else params).flatten(1)
 
 
 def _sorted(weights, biases, degrees, order, layout, bias_of_sample):
