@@ -37,6 +37,11 @@ def same_precision(tensors):
     return tensors
 
 
+def sum_per_sample(x):
+    """(N, ...) -> (N,); of numbers (N,) themselves."""
+    return x.flatten(1).sum(1) if x.dim() > 1 else x
+
+
 # ---- argument checks: "op: what must hold, got what"
 
 
