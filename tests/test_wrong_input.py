@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genkern import ops, random
+from genkern import nn, ops, random
 from genkern.random import key
 
 
@@ -149,3 +149,41 @@ def test_a_wrong_argument_is_refused_in_words_and_nothing_is_written(function, a
 def test_every_public_op_is_tried():
     missing = {name for name in ops.__all__} - {function.__name__ for function, _ in CALLS}
     assert missing == {"made_inverse"}  # which takes functions: tests/flow/test_made_inverse.py
+
+
+def network(width):
+    linear = torch.nn.Linear(2, width)
+    return lambda kept, context: linear(kept)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.ActNorm(3)(r(2, 4)), r"ActNorm: x must be \(N, 3"),
+        (lambda: nn.ActNorm(3)([1.0]), "ActNorm: x must be a tensor"),
+        (lambda: nn.AffineCoupling(network(4), 4, scale="sigmiod"), "AffineCoupling: scale must be one of"),
+        (lambda: nn.AffineCoupling(network(4), 4, changed=9), "changed must be in 1..4"),
+        (lambda: nn.AffineCoupling(network(4), 4)(r(2, 5)), r"AffineCoupling: x must be \(N, 4"),
+        (lambda: nn.CausalAttention2d(4)(r(2, 3, 2, 2)), "CausalAttention2d: x must have shape"),
+        (lambda: nn.CausalConv1d(3, 3, 2).step(r(2, 1)), r"step: input must be \(N, 3\)"),
+        (lambda: nn.GroupNormAct(2, 4, activation="sillu"), "activation must be one of"),
+        (lambda: nn.GroupNormAct(0, 4), "num_groups must divide"),
+        (lambda: nn.MADE(3, 0), "at least 1"),
+        (lambda: nn.Permute([0, 0, 1]), "Permute: order must be"),
+        (lambda: nn.Permute([1, 0])(r(2, 3)), r"Permute: x must be \(N, 2"),
+        (lambda: nn.SplineCoupling(network(3), 4, bins=0), "bins must be a positive int"),
+        (lambda: nn.SplineCoupling(network(3), 4)(r(2, 4)), "needs 46 parameters"),
+        (lambda: nn.Squeeze("chanel"), "Squeeze: order must be one of"),
+    ],
+)
+def test_layers_refuse_in_words(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()
+
+
+@torch.no_grad()
+def test_a_step_with_the_state_of_other_samples_is_refused():
+    layer = nn.CausalConv1d(3, 3, 4)
+    state = layer.step(r(3, 3))[1]
+    with pytest.raises(ValueError, match="the 3 samples of its state, got 1"):
+        layer.step(r(1, 3), state)
