@@ -187,3 +187,25 @@ def test_a_step_with_the_state_of_other_samples_is_refused():
     state = layer.step(r(3, 3))[1]
     with pytest.raises(ValueError, match="the 3 samples of its state, got 1"):
         layer.step(r(1, 3), state)
+
+
+def test_memory_that_overlaps_is_refused():
+    table, history = r(3, 13), r(3, 15)
+    buffer, m = r(5, 8), r(4, 8)
+    x, shifted = buffer[:4], buffer[1:]
+    before = buffer.clone()
+    for call, words in (
+        (lambda: ops.sampler_step(x, m, table, 1, out=shifted), "out must not overlap"),
+        (lambda: ops.sampler_step(m, m, history, 1, m, out=x, history_out=x), "history_out and out must not share"),
+        (lambda: ops.sampler_step(x, m, table, 1, out=r(1, 8).expand(4, 8)), "out must not be expanded"),
+        (lambda: ops.group_norm_act(x, 2, out=shifted), "out must not overlap"),
+        (lambda: ops.affine_coupling_(x, x[:, :4]), "x and params must not share"),
+        (lambda: ops.affine_coupling_(r(1, 4).expand(3, 4), r(3, 4)), "x must not be expanded"),
+        (lambda: ops.causal_conv1d_update(r(3, 2), r(1, 2, 3).expand(3, 2, 3), r(2, 4)), "state must not be expanded"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert torch.equal(buffer, before)
+    expected = ops.sampler_step(x, m, table, 1)
+    assert torch.equal(ops.sampler_step(x, m, table, 1, out=x), expected)  # in place
+    ops.affine_coupling_(buffer[:, :4], buffer[:, 4:])  # columns of one tensor
