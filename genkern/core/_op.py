@@ -5,6 +5,7 @@ torch, which Inductor may fuse) or a raw native op. Raw ops are private: torch.o
 library of the device, and twins of the same schema for Triton and for the CUDA emulation.
 """
 
+import difflib
 import importlib
 import importlib.util
 import warnings
@@ -248,7 +249,12 @@ def _warn_once(why):
 
 def explain(name, *args):
     """Why a fast path is not taken for these (positional, raw) arguments of op `name`: a list of sentences, empty if it is."""
+    if name not in OPS:
+        close = difflib.get_close_matches(str(name), OPS, 1)
+        raise ValueError(f"explain: no op {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; ops are {', '.join(OPS)}"))
     op = OPS[name]
+    if not isinstance(next(iter(args[op.device_of : op.device_of + 1]), None), torch.Tensor):
+        raise TypeError(f"explain: argument {op.device_of} of {name} must be a tensor: its device chooses the backend")
     if _backends.forced() == "reference":
         return ['backend "reference" is forced']
     if transforming():

@@ -155,7 +155,7 @@ class WaveNet(Model):
         known       (n, 1, K) or (1, 1, K): how the sounds begin; they are continued to the whole length
         temperature of the distribution: 1 draws from the model; smaller is tamer
         """
-        keys, start = self.sample_keys(n, key, generator), next(self.parameters())
+        keys, start = self.sample_keys(n, key, generator, batch_size), next(self.parameters())
         known = start.new_empty(n, 1, 0) if known is None else self.quantized(self._checked(known)).to(start).expand(n, -1, -1)
         if known.shape[2] > length:
             raise ValueError(f"WaveNet: known must have at most length = {length} samples, got {known.shape[2]}")

@@ -126,7 +126,7 @@ class GAN(Model):
 
         In evaluation mode image i depends on (key, i), not on n or batch_size (up to the rounding of sums).
         """
-        keys = self.sample_keys(n, key, generator)
+        keys = self.sample_keys(n, key, generator, batch_size)
         images = []
         for start in range(0, max(n, 1), batch_size):
             part = slice(start, start + batch_size)

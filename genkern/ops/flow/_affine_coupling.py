@@ -13,9 +13,11 @@ from genkern.ops._common import (
     check_float,
     check_number,
     check_shape,
+    check_written,
     in_working_type,
     promoted,
     same_precision,
+    share_memory,
     working_type,
 )
 from genkern.testing._case import Case
@@ -66,6 +68,9 @@ def affine_coupling_(
     old, *args = _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
         raise ValueError(f"{op}: x is overwritten and the gradient would need it; use affine_coupling, or torch.no_grad()")
+    check_written(op, {"x": x})
+    if share_memory(x, params):
+        raise ValueError(f"{op}: x and params must not share memory")
     if promoted(x, params) != x.dtype:
         raise TypeError(f"{op}: x must have the promoted type of x and params, got {x.dtype} and {params.dtype}")
     if log_det is not None and log_det.requires_grad and torch.is_grad_enabled():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op, backend
-from genkern.ops._common import FLOATS, check_float, check_like, in_working_type, same_precision, working_type
+from genkern.ops._common import FLOATS, check_float, check_like, in_working_type, same_precision, sum_per_sample, working_type
 from genkern.testing._case import Case
 
 
@@ -101,19 +101,15 @@ def _run(op, x, *args):
         return op(*args)
 
 
-def _per_sample(nll):
-    return nll.flatten(1).sum(1) if nll.dim() > 1 else nll
-
-
 def _bernoulli_reference(logits, x):
     logits, x = in_working_type(logits, x)
-    return _per_sample(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
+    return sum_per_sample(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
 
 
 def _gaussian_reference(mu, log_var, x):
     mu, log_var, x = in_working_type(mu, log_var, x)
     twice = (x - mu).square() if log_var is None else (x - mu).square() * torch.exp(-log_var) + log_var
-    return _per_sample(0.5 * (twice + math.log(2 * math.pi)))
+    return sum_per_sample(0.5 * (twice + math.log(2 * math.pi)))
 
 
 def _discretized_logistic_reference(mu, log_scale, x, levels):
@@ -122,7 +118,7 @@ def _discretized_logistic_reference(mu, log_scale, x, levels):
     below = -F.logsigmoid((x - mu + h) * inverse_scale)
     above = -F.logsigmoid((mu + h - x) * inverse_scale)
     inside = below + above - torch.log(-torch.expm1(-2 * h * inverse_scale))
-    return _per_sample(torch.where(x < h - 1, below, torch.where(x > 1 - h, above, inside)))
+    return sum_per_sample(torch.where(x < h - 1, below, torch.where(x > 1 - h, above, inside)))
 
 
 def _fake(first, *rest):
