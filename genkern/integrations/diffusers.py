@@ -16,6 +16,7 @@ import sys
 
 import torch
 
+from genkern import random
 from genkern.integrations._probe import NotLinear, probe, suspects
 from genkern.ops import dynamic_threshold, sampler_step
 from genkern.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, EulerAncestral, UniPC
@@ -27,18 +28,18 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("genkern.integrations.diffusers needs diffusers: pip install diffusers") from error
 
 
-def fuse(pipe):
+def fuse(pipe, *, keyed_noise=False):
     """Fuse a pipeline in place, and return it: its scheduler, and group norm with SiLU in its UNets and autoencoders.
 
     The same generator gives the same images up to rounding. Objects, classes' names, weights, configurations, saving and training
     stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms read and write contiguous
     images: with channels_last they would copy. A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
-    Also takes a single model.
+    Also takes a single model. keyed_noise: see fuse_scheduler.
     """
     models = _models(pipe)
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is not None:
-        fuse_scheduler(scheduler)
+        fuse_scheduler(scheduler, keyed_noise=keyed_noise)
     from genkern.integrations._diffusers_norms import fuse_norms
 
     for model in models:
@@ -65,12 +66,14 @@ def _models(pipe):
     return [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
 
 
-def fuse_scheduler(scheduler):
+def fuse_scheduler(scheduler, *, keyed_noise=False):
     """Replace the step of a scheduler by a fused one and return it; unfuse_scheduler undoes it. A class gives a class.
 
     scheduler   an object: it stays the same object of the same class. Or a class, also one of your own: the result is a subclass of
                 the same name and configuration, whose objects are fused (genkern.integrations.diffusers.DDIMScheduler and the like
                 are these)
+    keyed_noise for an object: noise is made in registers from a key that each noisy step draws from the generator (a list: one for
+                each sample), instead of by torch's generator itself: several times faster, and other noise than diffusers'
 
     DDPM (also with a learned range of the variance), DDIM, Euler, Euler ancestral, DPM-Solver++ and UniPC have their coefficients in
     closed form, with clipping and dynamic thresholding. Any other scheduler is run on unit vectors once per set_timesteps, a fraction
@@ -85,8 +88,12 @@ def fuse_scheduler(scheduler):
     if not all(hasattr(own, name) for name in ("step", "set_timesteps", "from_config")):
         raise TypeError(f"fuse_scheduler: expects a scheduler of diffusers, or its class, got {own.__name__}")
     if isinstance(scheduler, type):
+        if keyed_noise:
+            raise ValueError("fuse_scheduler: keyed_noise needs a scheduler object, got a class")
         return _fused_class(scheduler)
-    scheduler.step = _fused(scheduler).step
+    fused = _fused(scheduler)
+    fused.keyed = bool(keyed_noise)
+    scheduler.step = fused.step
     return scheduler
 
 
@@ -152,6 +159,13 @@ def _data(prediction, alpha, sigma):
     return known[prediction]()
 
 
+def _drawn_key(generator, device):
+    """A key (2,), or one for each of a list of generators."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([random.draw_key(g, device) for g in generator])
+    return random.draw_key(generator, device)
+
+
 def _bare(sampler, **options):
     """A sampler for its rows alone: the points come from the scheduler."""
     bare = sampler.__new__(sampler)
@@ -169,11 +183,12 @@ def _run_or_refuse(scheduler, step, *args, **kwargs):
 
 class _Fused:
     draws = True  # step() takes a generator
+    keyed = False  # noise from keys
 
     def __init__(self, scheduler):
         self.scheduler, self.config = scheduler, scheduler.config
-        self._timesteps = None
-        self.learned = False
+        self._timesteps = self._visited = None
+        self.learned, self.thresholds = False, bool(self.config.get("thresholding"))
         self._require("prediction_type", "epsilon", "sample", "v_prediction", "flow_prediction")
 
     def _require(self, name, *allowed):
@@ -203,10 +218,15 @@ class _Fused:
 
     def _prepare(self, device, options):
         """The table for the timesteps that are set, on the device."""
-        timesteps = self.scheduler.timesteps
-        if timesteps is not self._timesteps:
-            self._timesteps, self._tables, self._index = timesteps, {}, None
-            self._at = {float(t): i for i, t in reversed(list(enumerate(timesteps.tolist())))}
+        scheduler = self.scheduler
+        timesteps = scheduler.timesteps
+        if timesteps is not self._timesteps:  # set anew, and mostly to what they were
+            self._timesteps, self._index = timesteps, None
+            others = [getattr(scheduler, name, None) for name in ("sigmas", "num_inference_steps", "custom_timesteps")]
+            visited = [t.tolist() if isinstance(t, torch.Tensor) else t for t in (timesteps, *others)]
+            if visited != self._visited:
+                self._visited, self._tables = visited, {}
+                self._at = {float(t): i for i, t in reversed(list(enumerate(visited[0])))}
         key = (device, *options)
         if key not in self._tables:
             table, noisy = self.table(*options)
@@ -216,21 +236,25 @@ class _Fused:
     def _step(self, m, sample, index, noise, generator, table, history=()):
         """(next sample, estimate of x_0)."""
         table, noisy = table
+        key = None
         if not noisy[index]:
             noise = None
-        elif noise is None:
-            noise = self._noise(m, sample, generator)
-        else:
+        elif noise is not None:
             noise = noise.to(m.device)
+        elif self.keyed:
+            key = _drawn_key(generator, m.device)
+        else:
+            noise = self._noise(m, sample, generator)
         h1, h2, h3 = (*history, None, None, None)[:3]
         out = torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
         bound = None
-        if self.config.get("thresholding"):
+        if self.thresholds:
             quantile, maximum = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
             bound = dynamic_threshold(sample, m, table, index, quantile=quantile, maximum=maximum)
         return sampler_step(
-            sample, m, table, index, h1, h2, h3, noise=noise, clip=self.clip, bound=bound, learned_variance=self.learned, out=out
-        )
+            sample, m, table, index, h1, h2, h3, noise=noise, key=key, clip=self.clip, bound=bound, learned_variance=self.learned,
+            out=out,
+        )  # fmt: skip
 
     def _noise(self, m, sample, generator):
         return randn_tensor(sample.shape, generator=generator, device=m.device, dtype=m.dtype)
@@ -485,12 +509,16 @@ class _Probed(_Fused):
         if sample.device not in self._tables:
             self._tables[sample.device] = [t.float().to(sample.device) for t in (self._table, *self._extras)]
         table, *extras = self._tables[sample.device]
-        noise, index = None, self._index
-        if self._noisy[index]:
-            noise = randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype) if given is None else given.to(m.device)
+        noise, key, index = None, None, self._index
+        if self._noisy[index] and given is not None:
+            noise = given.to(m.device)
+        elif self._noisy[index] and self.keyed:
+            key = _drawn_key(generator, m.device)
+        elif self._noisy[index]:
+            noise = randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype)
         new = lambda: torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
         past = [sample] if self._extra_is_history else self._past
-        outputs = [sampler_step(sample, m, t, index, *past, noise=noise, out=new()) for t in (table, *extras)]
+        outputs = [sampler_step(sample, m, t, index, *past, noise=noise, key=key, out=new()) for t in (table, *extras)]
         if past:
             (first, newest), *rest = outputs
             outputs = [first, *(extra for extra, _ in rest)]

@@ -63,6 +63,7 @@ class Sampler:
             steps, spacing=spacing, timesteps=timesteps, sigmas=sigmas, final=final, offset=offset,
             spare=self.spare, exploding=self.exploding,
         )  # fmt: skip
+        self._kept = {}  # of _prepare
 
     def rows(self, grid):
         """The Rows of all model evaluations over a Grid."""
@@ -78,6 +79,24 @@ class Sampler:
             variance = row.log_variance if self.learned_variance else ()
             result.append([1 - g, g, *row.data, *sample, *history, rows[i + 1].scale if i + 1 < len(rows) else 1.0, *variance])
         return torch.tensor(result, dtype=torch.float64)
+
+    def _prepare(self, begin, interval, dtype, device):
+        """(rows, table, times (evaluations,)) from point `begin` on, kept for the next call that asks the same."""
+        asked = begin, interval, dtype, device
+        if (prepared := self._kept.get(asked)) is None:
+            rows = self.rows(self.grid.since(begin))
+            guidance = None
+            if interval is not None:
+                first, last, scale = interval
+                guidance = [scale if first <= i / len(rows) <= last else 1.0 for i in range(len(rows))]
+            wide = dtype == torch.float64
+            times = torch.tensor([row.t for row in rows], dtype=torch.float64)
+            times = times.long() if (times == times.round()).all() else times if wide else times.float()
+            table = self.table(rows, guidance).to(torch.float64 if wide else torch.float32)
+            if len(self._kept) >= 8:
+                self._kept.clear()
+            prepared = self._kept[asked] = rows, table.to(device), times.to(device)
+        return prepared
 
     @torch.no_grad()
     def sample(
@@ -158,7 +177,9 @@ class Sampler:
         device = torch.device(device if device is not None else "cpu" if given is None else given.device)
         begin = len(self.grid) - max(1, round(len(self.grid) * strength)) if image is not None else 0
         grid = self.grid.since(begin)
-        rows = self.rows(grid)
+        guided = guidance_scale is not None
+        interval = (*map(float, guidance_interval), float(guidance_scale)) if guided else None
+        rows, table, times = self._prepare(begin, interval, dtype, device)
         noisy = [row.sample.get("n", 0.0) != 0.0 for row in rows]
 
         keys = None
@@ -176,7 +197,6 @@ class Sampler:
         if (model_dtype == torch.float64) != (dtype == torch.float64):
             raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
         clip, learned = math.inf if self.clip is None else float(self.clip), self.learned_variance
-        guided = guidance_scale is not None
         adaptive = guided and (guidance_rescale != 0 or guidance_parallel != 1 or guidance_max_norm is not None)
         if not 0 <= guidance_rescale <= 1 or not (guidance_max_norm is None or guidance_max_norm > 0):
             got = f"{guidance_rescale} and {guidance_max_norm}"
@@ -187,13 +207,7 @@ class Sampler:
             raise ValueError(f"{name}.sample: a learned variance needs channels, got shape {tuple(shape)}")
         expected = (doubled[0], 2 * shape[1], *shape[2:]) if learned else doubled
         conditions = self._conditions(conditions or {}, unconditional)
-        weights = guided and [
-            float(guidance_scale) if guidance_interval[0] <= i / len(rows) <= guidance_interval[1] else 1.0 for i in range(len(rows))
-        ]
-        table = self.table(rows, weights or None).to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
-        times = torch.tensor([row.t for row in rows], dtype=torch.float64)
-        times = times.long() if (times == times.round()).all() else times if dtype == torch.float64 else times.float()
-        times = times[:, None].expand(-1, doubled[0]).to(device)
+        times = times[:, None].expand(-1, doubled[0])
         history = [torch.zeros_like(x) for _ in range(self.history)]  # the latest first
         scaled = (x * rows[0].scale).to(model_dtype)
         model_input = torch.cat([scaled, scaled]) if guided else scaled

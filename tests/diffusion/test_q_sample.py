@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import genkern
 from genkern import random
@@ -93,8 +94,8 @@ def test_timestep_embedding_has_both_orders_and_both_frequencies():
     [
         ({"timesteps": torch.tensor([0.0, 1.0])}, TypeError, "int64"),
         ({"timesteps": torch.tensor([0])}, ValueError, r"\(N,\) = \(2,\)"),
-        ({"timesteps": torch.tensor([0, 11])}, IndexError, "index"),
-        ({"timesteps": torch.tensor([0, -1])}, IndexError, "index"),
+        ({"timesteps": torch.tensor([0, 11])}, IndexError, r"timesteps must be in 0 .. 10"),
+        ({"timesteps": torch.tensor([0, -1])}, IndexError, r"timesteps must be in 0 .. 10"),
         ({"table": TABLE[None]}, ValueError, "1 dimensions"),
         ({"target": "score"}, ValueError, "'score'"),
         ({"x0": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "floating point"),
@@ -111,6 +112,42 @@ def test_wrong_arguments_are_refused_in_words(change, error, words):
             denoising_loss(**arguments)
 
 
-def test_the_loss_needs_the_key_of_the_noise():
+def test_the_loss_needs_the_target_or_the_key_of_its_noise():
+    zeros, t = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(TypeError, match="key"):
-        denoising_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1]), TABLE, key=None)
+        denoising_loss(zeros, zeros, t, TABLE)
+    with pytest.raises(ValueError, match="not both"):
+        denoising_loss(zeros, zeros, t, TABLE, wanted=zeros, key=random.key(1))
+    with pytest.raises(TypeError, match="timesteps must be an int64 tensor, got NoneType"):
+        denoising_loss(zeros, wanted=zeros, weighting="min_snr")
+    with pytest.raises(ValueError, match="prediction must have the shape of wanted"):
+        denoising_loss(zeros[:1], wanted=zeros)
+
+
+@each_backend
+@pytest.mark.parametrize("weighting", [None, "min_snr"])
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_a_given_target_and_one_made_again_agree(backend, target, weighting):
+    """Losses and gradients, also with respect to x0, which reaches a given target through q_sample."""
+    generator = torch.Generator().manual_seed(1)
+    start, prediction = (torch.randn(4, 3, 67, generator=generator).requires_grad_() for _ in range(2))
+    key, t, seen = random.key(3), torch.tensor([0, 10, 3, 7]), []
+    with genkern.backend(backend):
+        for given in (True, False):
+            _, wanted = q_sample(start, t, TABLE, key=key, target=target)
+            how = {"wanted": wanted} if given else {"key": key}
+            loss = denoising_loss(prediction, start, t, TABLE, **how, target=target, weighting=weighting)
+            seen.append((loss, *torch.autograd.grad(loss.sum(), (prediction, start), materialize_grads=True)))
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_is_written_for_a_target_without_a_gradient():
+    prediction, wanted = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
+    plain = denoising_loss(prediction, wanted=wanted)
+    torch.testing.assert_close(plain, F.mse_loss(prediction, wanted, reduction="none").mean(1))
+    assert plain.grad_fn.next_functions[1][0] is None
+    plain.sum().backward()
+    torch.testing.assert_close(prediction.grad, 2 / 5 * (prediction - wanted).detach())
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p, w: denoising_loss(p, wanted=w), (x, x.detach().flip(0).requires_grad_()))

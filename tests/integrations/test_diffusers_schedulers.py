@@ -62,6 +62,29 @@ def test_equals_its_own_step(name, config, arguments):
     assert low.dtype == torch.bfloat16 and low.isfinite().all()
 
 
+@pytest.mark.parametrize("name, config", [("DDPM", {}), ("LCM", dict(clip_sample=False, **LATENT))], ids=["DDPM", "LCM"])
+def test_keyed_noise(name, config):
+    """The same generator gives the same samples, each generator of a list its own; the noise is that of a diffusion, not diffusers'."""
+
+    def sample(generator, scheduler, count=2):
+        scheduler.set_timesteps(4)
+        x, m = torch.ones(count, 4, 8, 8), torch.zeros(count, 4, 8, 8)
+        for t in scheduler.timesteps:
+            x = scheduler.step(m, t, x, generator=generator).prev_sample
+        return x
+
+    seeded = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
+    scheduler = fuse_scheduler(make(name, config), keyed_noise=True)
+    x = sample(seeded(1)[0], scheduler)
+    assert torch.equal(x, sample(seeded(1)[0], scheduler)) and not torch.equal(x, sample(seeded(2)[0], scheduler))
+    several = sample(seeded(5, 6), scheduler)
+    assert torch.equal(several[1:], sample(seeded(6), scheduler, 1)) and not torch.equal(several[0], several[1])
+    plain = sample(seeded(1)[0], make(name, config))
+    assert not torch.equal(plain, x) and 0.7 < x.std() / plain.std() < 1.4
+    with pytest.raises(ValueError, match="keyed_noise"):
+        fuse_scheduler(type(scheduler), keyed_noise=True)
+
+
 def test_copies_and_undoing():
     scheduler = fuse_scheduler(make("DPMSolverMultistep", LATENT))
     other = copy.deepcopy(scheduler)

@@ -71,7 +71,7 @@ def test_no_output_sees_its_future(head):
 
 def test_no_output_of_a_layer_sees_its_future():
     layer = tiny("logistic").conv_layers[1]
-    through, joined = (lambda one, x: one(x)), (lambda a, b, x: (a(x), b(x)))
+    through, joined = (lambda one, *x: one(*x)), (lambda a, b, x: (a(x), b(x)))
     assert_autoregressive(lambda x: layer(x, None, None, through, joined)[0], torch.randn(2, 20, 15), strict=False)
 
 

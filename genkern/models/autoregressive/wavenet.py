@@ -13,7 +13,6 @@ from genkern.nn import CausalConv1d
 from genkern.ops import (
     discretized_mix_logistic_nll,
     discretized_mix_logistic_sample,
-    gated_activation,
     mu_law_decode,
     mu_law_encode,
     sample_tokens,
@@ -206,10 +205,10 @@ class WaveNet(Model):
                 f"WaveNet: condition must be (N, {c.condition}, {x.shape[2]}), a column per sample, got {tuple(condition.shape)}"
             )
 
-        def through(convolution, x):
+        def through(convolution, x, *condition):
             if state is None:
-                return convolution(x)
-            out, state[convolution] = convolution.step(x, state.get(convolution))
+                return convolution(x, *condition)
+            out, state[convolution] = convolution.step(x, state.get(convolution), *condition)
             return out
 
         def joined(a, b, x):  # two 1x1 convolutions of one input: steps take them as one
@@ -285,7 +284,7 @@ class WaveNet(Model):
 class _Layer(nn.Module):
     def __init__(self, c, dilation):
         super().__init__()
-        self.conv = CausalConv1d(c.residual, c.gate, c.kernel_size, dilation=dilation)
+        self.conv = CausalConv1d(c.residual, c.gate, c.kernel_size, dilation=dilation, activation="gated")
         self.conv1x1c = CausalConv1d(c.condition, c.gate, 1, bias=False) if c.condition else None
         self.conv1x1g = CausalConv1d(c.class_width, c.gate, 1, bias=False) if c.classes else None
         self.conv1x1_out = CausalConv1d(c.gate // 2, c.residual, 1)
@@ -294,9 +293,9 @@ class _Layer(nn.Module):
 
     def forward(self, x, condition, g, through, joined):
         """(next x (N, residual, T), skip (N, skip, T)); through(convolution, input) and joined() are parallel passes or steps."""
-        h = through(self.conv, F.dropout(x, self.dropout, self.training))
         projected = [through(one, c) for one, c in ((self.conv1x1c, condition), (self.conv1x1g, g)) if one is not None]
-        z = gated_activation(h, sum(projected[1:], projected[0]) if projected else None)
+        condition = sum(projected[1:], projected[0]) if projected else None
+        z = through(self.conv, F.dropout(x, self.dropout, self.training), condition)
         out, skip = joined(self.conv1x1_out, self.conv1x1_skip, z)
         return (out + x) * math.sqrt(0.5), skip
 

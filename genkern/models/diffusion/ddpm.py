@@ -177,9 +177,10 @@ class DDPM(Model):
             dropped = random.uniform(for_labels, (n, 1), device=device)[:, 0] < c.label_dropout
             labels = labels.masked_fill(dropped if labels.dim() == 1 else dropped[:, None], c.classes)
         x0, table = x0 * p.scale if p.scale != 1 else x0, (self.alphas, self.sigmas)
-        x_t, _ = q_sample(x0, timesteps, table, key=for_noise, target=p.target)
+        x_t, wanted = q_sample(x0, timesteps, table, key=for_noise, target=p.target)
         prediction = p.sign * self._network(x_t, self.times[timesteps], labels)
-        return denoising_loss(prediction, x0, timesteps, table, key=for_noise, target=p.target, weighting=c.weighting).mean()
+        how = {"target": p.target, "weighting": c.weighting}
+        return denoising_loss(prediction, x0, timesteps, table, wanted=wanted, **how).mean()
 
     def _network(self, x, t, labels=None):
         """The UNet's prediction. Its embedding of the time is made for 0..1000; ln(sigma) / 4 of "edm" is stretched."""

@@ -6,7 +6,16 @@ import torch
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_device, check_float, check_like, check_shape, in_working_type, same_precision, working_type
+from genkern.ops._common import (
+    check_device,
+    check_float,
+    check_like,
+    check_number,
+    check_shape,
+    in_working_type,
+    same_precision,
+    working_type,
+)
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments, guidance_weights
 from genkern.testing._case import Case
 
@@ -70,52 +79,54 @@ def sampler_step(
     Returns x', or a tuple (x'[, h'][, input']). float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if a
     tensor is). x' has the type of x, h' of h1. No gradient. TypeError, ValueError on anything else.
     """
-    check_float("sampler_step", "x", x)
-    if x.dim() == 0:
-        raise ValueError("sampler_step: x must have a leading sample dimension, got shape ()")
-    check_float("sampler_step", "model_output", model_output)
-    check_device("sampler_step", "model_output", model_output, "x", x)
-    _check_model_output("sampler_step", model_output, x, learned_variance)
-    if (h1 is None and h2 is not None) or (h2 is None and h3 is not None):
-        raise ValueError("sampler_step: h2 needs h1, h3 needs h2")
-    for name, tensor in (("h1", h1), ("h2", h2), ("h3", h3), ("noise", None if noise is True else noise)):
-        if tensor is not None:
-            check_like("sampler_step", name, tensor, "x", x)
-    width = 13 + 2 * ((h1 is not None) + (h2 is not None) + (h3 is not None)) + 2 * learned_variance
-    steps, step = _check_step(table, step, x, width)
-    max_norm = _check_guidance("sampler_step", moments, model_output, x, rescale, max_norm)
-    if bound is not None:
-        check_float("sampler_step", "bound", bound)
-        check_shape("sampler_step", "bound", bound, x.shape[:1], "(N,)")
-        check_device("sampler_step", "bound", bound, "x", x)
     if noise is True or key is not None or generator is not None:
         if noise is not None and noise is not True:
             raise ValueError("sampler_step: give noise as a tensor or a key, not both")
-        key, noise = random.key_for("sampler_step", key, generator, x), None
-    clip = math.inf if clip is None else float(clip)
+        draws, noise = True, None
+    else:
+        draws = False
+    clip = math.inf if clip is None else clip
+    check_number("sampler_step", "clip", clip)
     if not clip > 0:
         raise ValueError(f"sampler_step: clip must be positive, got {clip}")
-
-    tensors = same_precision((x, model_output, h1, h2, h3, noise))
-    if any(t is not None and t.requires_grad for t in tensors):
-        tensors = [None if t is None else t.detach() for t in tensors]
-    x, model_output, h1, h2, h3, noise = tensors
-    table, moments, bound = _small(working_type(*tensors), table, moments, bound)
+    steps = None
+    plain = moments is bound is max_norm is None and rescale == 0 and parallel == 1 and not learned_variance
+    if plain and _plain(x, model_output, table, step, h1, h2, h3, noise, out, history_out, input_out):
+        max_norm = math.inf
+    else:
+        _check_tensors(x, model_output, learned_variance, h1=h1, h2=h2, h3=h3, noise=noise)
+        width = 13 + 2 * ((h1 is not None) + (h2 is not None) + (h3 is not None)) + 2 * learned_variance
+        steps, step = _check_step("sampler_step", table, step, x, width)
+        max_norm = _check_guidance("sampler_step", moments, model_output, x, rescale, parallel, max_norm)
+        if bound is not None:
+            check_float("sampler_step", "bound", bound)
+            check_shape("sampler_step", "bound", bound, x.shape[:1], "(N,)")
+            check_device("sampler_step", "bound", bound, "x", x)
+        tensors = same_precision((x, model_output, h1, h2, h3, noise))
+        if any(t is not None and t.requires_grad for t in tensors):
+            tensors = [None if t is None else t.detach() for t in tensors]
+        x, model_output, h1, h2, h3, noise = tensors
+        table, moments, bound = _small(working_type(*tensors), table, moments, bound)
+        shape = x.shape
+        _check_output("out", out, shape, x)
+        _check_output("history_out", history_out, shape, h1)
+        _check_output("input_out", input_out, (model_output.shape[0], *shape[1:]), model_output)
+    if draws:
+        key = random.key_for("sampler_step", key, generator, x)
     given = [t for t in (out, history_out, input_out) if t is not None]
-    shape = x.shape
-    out = _output("out", out, shape, x)
+    out = _new(x) if out is None else out
     outputs = [out]
     if h1 is not None:
-        history_out = _output("history_out", history_out, shape, h1, x)
+        history_out = _new(h1) if history_out is None else history_out
         outputs.append(history_out)
-    elif history_out is not None:
-        raise ValueError("sampler_step: history_out needs h1")
     if next_input or input_out is not None:
-        input_out = _output("input_out", input_out, (model_output.shape[0], *shape[1:]), model_output, x)
+        if input_out is None:
+            like = model_output.chunk(2, 1)[0] if learned_variance else model_output
+            input_out = _new(like)
         outputs.append(input_out)
     _sampler_step(
-        x, model_output, table, steps, step, h1, h2, h3, noise, key, moments, bound, clip, float(rescale), float(parallel), max_norm,
-        learned_variance, out, history_out, input_out,
+        x, model_output, table, steps, step, h1, h2, h3, noise, key, moments, bound, float(clip), float(rescale), float(parallel),
+        max_norm, learned_variance, out, history_out, input_out,
     )  # fmt: skip
     if given:
         torch.autograd.graph.increment_version(given)
@@ -137,14 +148,64 @@ def dynamic_threshold(
         raise ValueError(f"{op}: x must have a leading sample dimension, got shape ()")
     check_float(op, "model_output", model_output)
     _check_model_output(op, model_output, x, model_output.dim() > 1 and x.dim() > 1 and model_output.shape[1] == 2 * x.shape[1])
-    steps, step = _check_step(table, step, x, None)
-    max_norm = _check_guidance(op, moments, model_output, x, rescale, max_norm)
+    steps, step = _check_step(op, table, step, x, None)
+    max_norm = _check_guidance(op, moments, model_output, x, rescale, parallel, max_norm)
+    check_number(op, "quantile", quantile)
+    check_number(op, "maximum", maximum)
     if not (0 <= quantile <= 1 and maximum >= 1):
         raise ValueError(f"{op}: quantile must be in [0, 1] and maximum at least 1, got {quantile} and {maximum}")
     x, model_output = (t.detach() for t in same_precision((x, model_output)))
     table, moments = _small(working_type(x), table, moments)
     numbers = (float(rescale), float(parallel), max_norm, float(quantile), float(maximum))
     return _dynamic_threshold(x, model_output, table, steps, step, moments, *numbers)
+
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _plain(x, model_output, table, step, h1, h2, h3, noise, out, history_out, input_out):
+    """Whether at a glance everything is as it must be and as the kernel takes it: in the usual call the checks are half of the time.
+
+    What this turns down goes through the checks that say what is wrong, and may well be accepted there.
+    """
+    if not (type(x) is type(model_output) is type(table) is torch.Tensor and type(step) is int):
+        return False
+    shape, device, of_model, size = x.shape, x.device, model_output.shape, table.shape
+    terms = (h1 is not None) + (h2 is not None) + (h3 is not None)
+    if not (
+        of_model[1:] == shape[1:] and shape and of_model[0] in (shape[0], 2 * shape[0])
+        and x.dtype in _NARROW and model_output.dtype in _NARROW and table.dtype is torch.float32
+        and model_output.device == device and table.device == device
+        and not (x.requires_grad or model_output.requires_grad or table.requires_grad)
+        and len(size) == 2 and size[1] == 13 + 2 * terms and 0 <= step < size[0] and table.is_contiguous()
+        and (h1, h2, h3)[terms:] == (None, None, None)[terms:] and (terms or history_out is None)
+    ):  # fmt: skip
+        return False
+    for t in (h1, h2, h3, noise, out, history_out, input_out):
+        if t is not None and not (
+            type(t) is torch.Tensor and t.shape == (of_model if t is input_out else shape) and t.dtype in _NARROW
+            and t.device == device and t.is_contiguous() and not t.requires_grad
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def _check_tensors(x, model_output, learned_variance, **others):
+    check_float("sampler_step", "x", x)
+    if x.dim() == 0:
+        raise ValueError("sampler_step: x must have a leading sample dimension, got shape ()")
+    check_float("sampler_step", "model_output", model_output)
+    _check_model_output("sampler_step", model_output, x, learned_variance)
+    h1, h2, h3 = others["h1"], others["h2"], others["h3"]
+    if (h1 is None and h2 is not None) or (h2 is None and h3 is not None):
+        raise ValueError("sampler_step: h2 needs h1, h3 needs h2")
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_like("sampler_step", name, tensor, "x", x)
+
+
+def _new(like):
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _small(dtype, *tensors):
@@ -162,9 +223,13 @@ def _check_model_output(op, model_output, x, learned_variance):
         raise ValueError(f"{op}: model_output must have the shape of x{twice}, or twice its samples, got {shapes}")
 
 
-def _check_guidance(op, moments, model_output, x, rescale, max_norm):
+def _check_guidance(op, moments, model_output, x, rescale, parallel, max_norm):
     """The largest norm as a number."""
+    for name, value in (("rescale", rescale), ("parallel", parallel), ("max_norm", 1.0 if max_norm is None else max_norm)):
+        check_number(op, name, value)
     if moments is None:
+        if rescale != 0 or parallel != 1 or max_norm is not None:
+            raise ValueError(f"{op}: rescale, parallel and max_norm need moments, those of guidance_moments(model_output)")
         return math.inf
     if model_output.shape[0] != 2 * x.shape[0]:
         raise ValueError(f"{op}: moments need a model_output of twice the samples of x, got {tuple(model_output.shape)}")
@@ -178,32 +243,34 @@ def _check_guidance(op, moments, model_output, x, rescale, max_norm):
     return math.inf if max_norm is None else float(max_norm)
 
 
-def _check_step(table, step, x, width):
+def _check_step(op, table, step, x, width):
     """(tensor of steps or None, int)."""
-    check_float("sampler_step", "table", table, 2)
+    check_float(op, "table", table, 2)
     if width is not None:
-        check_shape("sampler_step", "table", table, (table.shape[0], width), "(steps, 13 + 2 K)")
-    check_device("sampler_step", "table", table, "x", x)
+        check_shape(op, "table", table, (table.shape[0], width), "(steps, 13 + 2 K)")
+    check_device(op, "table", table, "x", x)
     if not isinstance(step, torch.Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-            raise TypeError(f"sampler_step: step must be an int or an int64 tensor, got {type(step).__name__}")
+            raise TypeError(f"{op}: step must be an int or an int64 tensor, got {type(step).__name__}")
         if not 0 <= step < table.shape[0]:
-            raise ValueError(f"sampler_step: step must be in [0, {table.shape[0]}), got {step}")
+            raise ValueError(f"{op}: step must be in [0, {table.shape[0]}), got {step}")
         return None, step
     if step.dtype != torch.int64 or (step.dim() and step.shape != x.shape[:1]):
-        raise ValueError(f"sampler_step: step must be int64 () or ({x.shape[0]},), got {step.dtype} {tuple(step.shape)}")
-    check_device("sampler_step", "step", step, "x", x)
+        raise ValueError(f"{op}: step must be int64 () or ({x.shape[0]},), got {step.dtype} {tuple(step.shape)}")
+    check_device(op, "step", step, "x", x)
     if step.device.type == "cpu" and step.numel() and not torch.compiler.is_compiling():
         low, high = (step.item(), step.item()) if step.dim() == 0 else (step.min().item(), step.max().item())
         if low < 0 or high >= table.shape[0]:
-            raise ValueError(f"sampler_step: step must be in [0, {table.shape[0]}), got {low} ... {high}")
+            raise ValueError(f"{op}: step must be in [0, {table.shape[0]}), got {low} ... {high}")
     return step.contiguous(), 0
 
 
-def _output(name, out, shape, like, x=None):
-    """out if given and usable, else a new tensor of this shape and the type of `like`."""
+def _check_output(name, out, shape, like):
+    """out, if given, is somewhere to write a tensor of this shape and near the type of `like`."""
     if out is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return
+    if like is None:
+        raise ValueError("sampler_step: history_out needs h1")
     check_float("sampler_step", name, out)
     check_shape("sampler_step", name, out, shape)
     check_device("sampler_step", name, out, "x", like)
@@ -213,7 +280,6 @@ def _output(name, out, shape, like, x=None):
         raise ValueError(f"sampler_step: the samples of {name} must be contiguous")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"sampler_step: {name} requires grad; a step has no gradient")
-    return out
 
 
 def _coefficients(table, steps, step, x):
