@@ -212,6 +212,9 @@ def train(argv):
                 best = load_run(out, device)[0]
                 values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
                 _print_against_baselines(values, source, "test", best)
+                for part in source.by_class().values() if source.pictures else ():
+                    values = best.evaluate(*part.test, key=random.key(arguments["seed"]), likelihood=True)
+                    _print_against_baselines(values, part, "test", best)
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
@@ -274,6 +277,7 @@ def eval_(argv):
     parser = _run_parser("eval", eval_)
     parser.add_argument("--data", help="by default that of the training")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--by-class", action="store_true", help="also the inputs of each class alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with _words("eval"):
@@ -283,14 +287,18 @@ def eval_(argv):
         if not (name := arguments.data or run.get("data")):
             raise ValueError(f"{arguments.folder} does not name its data: give --data")
         source = data.load(name, window=run.get("window"))
-        values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        parts = [source, *(source.by_class().values() if arguments.by_class else ())]
+        measure = lambda part: model.evaluate(*part.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        found = [measure(part) for part in parts]
         if arguments.json:
-            print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
+            classes = dict(zip(source.class_names, found[1:], strict=False))
+            facts = {"split": arguments.split, "n": len(source.split(arguments.split)[0]), **found[0]}
+            print(json.dumps(facts | ({"classes": classes} if classes else {}), indent=1))
         else:
-            columns = shutil.get_terminal_size().columns
-            print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
-            if hasattr(model, "bits_per_dim"):
-                _print_against_baselines(values, source, arguments.split, model)
+            rows = [{"on": f"{arguments.split} of {part.name}", **values} for part, values in zip(parts, found, strict=True)]
+            print(plots.table(rows, shutil.get_terminal_size().columns))
+            for part, values in zip(parts, found, strict=True) if hasattr(model, "bits_per_dim") else ():
+                _print_against_baselines(values, part, arguments.split, model)
 
 
 @command
@@ -478,7 +486,7 @@ def _print_against_baselines(values, source, split, model):
     else:
         return
     found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
-    print(f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
+    print(f"{split} of {source.name}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
 
 
 def sample_options(model):
