@@ -1,6 +1,6 @@
 """The gallery: trains a small default of every model that exists and writes one page of pictures with figures and times.
 
-    make gallery                           # all of it, one part per core at a time
+    make gallery                           # all of it, one part per core at a time: 13 minutes on two cores
     python bench/gallery.py vae glow       # these parts anew; the page keeps the others
     python bench/gallery.py vae --jobs 1   # one after the other, each with a progress bar of its own
 
@@ -138,7 +138,7 @@ def page():
     lines = [
         "# Gallery",
         "",
-        "Made by `make gallery`: small models, minutes of training on one or two cores. Figures are means over the test split.",
+        "Made by `make gallery`: small models, seconds to minutes of training on one core. Figures are means over the test split.",
         "",
     ]
     lines += ["Of digits an independent classifier judges 1080 samples; in brackets what it says of as many held-out digits.", ""]

@@ -4,25 +4,22 @@
     python bench/invertible_sequence.py --k 64 --shape 8,12,32,32 --width 128
 
 One forward and backward pass over K Glow steps. For every way to get the activations back it prints the bytes that autograd holds
-between forward and backward (unique storages, parameters left out), the growth of the peak resident memory (Linux) in a process of
-its own, and the median time, the ways interleaved in one process. normflows is measured where it is installed.
+between forward and backward (unique storages, parameters left out), the most that it allocates at a time (gradients of the parameters
+among it), and the median processor time, the ways interleaved. normflows is measured where it is installed.
 """
 
 import argparse
-import json
+import itertools
 import math
-import re
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from genkern.models.flow.networks import ConvNet
-from genkern.nn import ActNorm, AffineCoupling, InvertibleConv1x1, InvertibleSequence
+from genkern.nn import ActNormConv1x1, AffineCoupling, InvertibleSequence
 
 WAYS = ("store", "torch checkpoint, each step", "torch checkpoint, sqrt(K) segments", "invert", "normflows")
 
@@ -34,7 +31,7 @@ def steps(k, shape, width):
         network = ConvNet(channels // 2, 2 * (channels - channels // 2), width)
         with torch.no_grad():
             network.last.weight.normal_().mul_(0.02)  # as after some training
-        layers.append([ActNorm(channels), InvertibleConv1x1(channels), AffineCoupling(network, channels, shift_first=True)])
+        layers.append([ActNormConv1x1(channels), AffineCoupling(network, channels, shift_first=True)])
     return layers
 
 
@@ -93,27 +90,12 @@ def kept(run, modules, x):
     return sum(s.nbytes() for s in storages.values())
 
 
-def peak(way, k, shape, width):
-    """Growth of the peak resident memory over one pass, in a process of its own."""
-    argv = [sys.executable, __file__, "--child", json.dumps([way, k, shape, width])]
-    return int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
-
-
-def child(way, k, shape, width):
-    torch.set_num_threads(1)
-    run, modules = make(way, k, shape, width)
-    once(*make("store", 1, shape, width), torch.randn(shape))  # what torch itself takes
-    x = torch.randn(shape).requires_grad_()
-    with torch.no_grad():
-        run(x)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    once(run, modules, x)
-    print(resident("VmHWM") - before)
-
-
-def resident(name):
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def peak(run, modules, x):
+    """Most bytes allocated at a time in one pass, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        once(run, modules, x)
+    events = sorted((e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(n for _, n in events))
 
 
 def main():
@@ -123,10 +105,7 @@ def main():
     parser.add_argument("--shape", type=numbers, default=(8, 12, 16, 16))
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        return child(*json.loads(arguments.child))
     torch.set_num_threads(1)
     ways = list(WAYS)
     try:
@@ -141,14 +120,14 @@ def main():
             once(*runs[way], x)  # warm, and the actnorms know their data
         for _ in range(arguments.rounds):
             for way in ways:
-                start = time.perf_counter()
+                start = time.process_time()
                 once(*runs[way], x)
-                times[way].append(time.perf_counter() - start)
+                times[way].append(time.process_time() - start)
         machine = f"{torch.backends.cpu.get_cpu_capability()}, one thread"
         print(f"\nK = {k}, {arguments.shape}, networks of {arguments.width} channels, {machine}")
-        print(f"{'':36}{'kept MB':>10}{'peak MB':>10}{'ms':>10}")
+        print(f"{'':36}{'kept MB':>10}{'peak MB':>10}{'CPU ms':>10}")
         for way in ways:
-            kept_mb, peak_mb = kept(*runs[way], x) / 1e6, peak(way, k, arguments.shape, arguments.width) / 1e6
+            kept_mb, peak_mb = kept(*runs[way], x) / 1e6, peak(*runs[way], x) / 1e6
             print(f"{way:36}{kept_mb:10.2f}{peak_mb:10.1f}{1e3 * statistics.median(times[way]):10.1f}")
         if "invert" in runs:
             print(f"largest relative error of an input computed back: {runs['invert'][1].reconstruction_error:.1e}")

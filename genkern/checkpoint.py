@@ -16,14 +16,16 @@ import safetensors
 import safetensors.torch
 import torch
 
-from genkern.models._base import write
+from genkern.models._base import gathered, is_sharded, write
 
 FORMAT = "genkern checkpoint 1"
 
 
 def save(path, tensors, state):
-    """tensors {name: tensor}; state: what JSON can hold."""
-    tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    """tensors {name: tensor}; state: what JSON can hold. Where tensors are sharded each process must call it, the first one writes."""
+    sharded, tensors = is_sharded(tensors.values()), gathered(tensors)
+    if sharded and torch.distributed.get_rank() != 0:
+        return
     text = json.dumps(state, allow_nan=False)
     header = {"format": FORMAT, "state": text, "digest": _digest(tensors, text)}
     write(Path(path), safetensors.torch.save(tensors, header))
@@ -81,12 +83,22 @@ def restore(path, tensors, model, optimizers, ema=None):
         if x.dim() and x.shape != parameters[int(index)].shape:
             wanted = tuple(parameters[int(index)].shape)
             raise ValueError(f"checkpoint: {path} holds the optimizer state {name} of shape {tuple(x.shape)}, expected {wanted}")
-        states[objective].setdefault(int(index), {})[entry] = x
-    model.load_state_dict(parts["model"])
+        states[objective].setdefault(int(index), {})[entry] = _as_sharded(x, parameters[int(index)]) if x.dim() else x
+    current = model.state_dict()
+    model.load_state_dict({name: _as_sharded(x, current[name]) for name, x in parts["model"].items()})
     for objective, optimizer in optimizers.items():
         optimizer.load_state_dict({"state": states[objective], "param_groups": optimizer.state_dict()["param_groups"]})
     for name, x in (ema or {}).items():
-        x.copy_(parts["ema"][name])
+        x.copy_(_as_sharded(parts["ema"][name], x))
+
+
+def _as_sharded(x, like):
+    """A whole tensor that every process has, divided as `like` is."""
+    if not is_sharded([like]):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _compare(path, part, found, wanted):

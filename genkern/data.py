@@ -1,4 +1,4 @@
-"""Data sets: four that come without a download, and what lies in a folder or file here.
+"""Data sets: five that come without a download, and what lies in a folder or file here.
 
 import genkern.data
 
@@ -51,13 +51,14 @@ class Data:
         return len(self.class_names)
 
     def split(self, name):
+        """(inputs, labels) of "train", "validation" or "test"."""
         if name not in SPLITS:
             raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {name!r}")
         return getattr(self, name)
 
 
 def load(source, *, window=None):
-    """The Data of a built-in name or a path; the splits are the same on every machine.
+    """The Data of source, a built-in name or a path; the splits are the same on every machine.
 
     window: length of the windows into which a text or sound is cut (default 128 bytes, 1024 samples); the rest of a file is left out.
     Images and rows of a .npy are shuffled and split 80 : 10 : 10; text and sound are split in their order, so that no window

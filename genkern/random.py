@@ -7,9 +7,13 @@ device (the GPU kernels were so far compared in emulation and in Triton's interp
     z = genkern.random.normal(keys, (16, 3, 32, 32))                  # z[i] does not depend on the batch it is drawn in
 
 A key is an int64 tensor (2,) = (seed, offset), or (N, 2) for one stream per row. Calling twice with one key gives the same numbers
-twice: split() or fold_in() make new ones. Bits, uniforms and Bernoulli draws are equal bit for bit everywhere, and so are float32,
-bfloat16 and half normals, exponentials, Gumbel, logistic and truncated normal draws; float64 ones are equal in C++, CUDA and NumPy and
-within a few units in the last place in the torch reference. Formulas: genkern/ops/random/_random.py.
+twice: split() or fold_in() make new ones. A draw takes key, shape (with (N, 2) keys (N, ...)), dtype (float32, where it names no other;
+float64, bfloat16, float16) and device (by default the key's), or instead of these two `out`, a contiguous tensor of that shape to fill.
+TypeError, ValueError on anything else. No gradient.
+
+Bits, uniforms and Bernoulli draws are equal bit for bit everywhere, and so are float32, bfloat16 and half normals, exponentials,
+Gumbel, logistic and truncated normal draws; float64 ones are equal in C++, CUDA and NumPy and within a few units in the last place in
+the torch reference. Formulas: genkern/ops/random/_random.py.
 """
 
 import math
@@ -17,6 +21,7 @@ import math
 import torch
 
 from genkern.core._op import transforming
+from genkern.ops._common import check_device, check_number, check_tensor
 from genkern.ops.random import _random
 from genkern.ops.random._random import STREAM_VERSION
 
@@ -52,6 +57,8 @@ def fold_in(key, data):
     """The key that split(key, data + 1)[data] would give: one key (2,) per int, for example per training step."""
     check_key("fold_in", key)
     if isinstance(data, torch.Tensor):
+        if data.numel() != 1 or data.is_floating_point() or data.is_complex():
+            raise ValueError(f"fold_in: data as a tensor must be one integer, got {data.dtype} {tuple(data.shape)}")
         return _keys_at(key, data.reshape(1).to(torch.int64))[..., 0, :]
     if isinstance(data, bool) or not isinstance(data, int) or data < 0:
         raise ValueError(f"fold_in: data must be a non-negative int or an integer tensor, got {data!r}")
@@ -116,6 +123,8 @@ def bits(key, shape, *, dtype=torch.int32, device=None, out=None):
 
 def uniform(key, shape, low=0.0, high=1.0, *, dtype=torch.float32, device=None, out=None):
     """low + (high - low) u, u uniform on [0, 1): as many bits as the dtype holds (24; half 11, bfloat16 8, float64 53)."""
+    if not type(low) is type(high) is float:
+        low, high = _numbers("uniform", low=low, high=high)
     return _draw("uniform", key, shape, dtype, device, out, _FLOATS, high - low, low)
 
 
@@ -123,25 +132,36 @@ def normal(key, shape, mean=0.0, std=1.0, *, dtype=torch.float32, device=None, o
     """mean + std n with n standard normal by Box-Muller (Box & Muller, 1958); in float32 |n| <= 6.77.
 
     key int64 (2,) or (shape[0], 2) on the CPU or the device of the result; device defaults to the key's. `out`: a contiguous
-    tensor of that shape to fill instead of a new one.
+    tensor of that shape to fill instead of a new one, in its own dtype.
     """
     return _draw("normal", key, shape, dtype, device, out, _FLOATS, std, mean)
 
 
 def bernoulli(key, p, shape=None, *, dtype=torch.float32, device=None, out=None):
     """1 with probability p, else 0. p: a number (exact to 2^-32), or a tensor of probabilities whose shape is then the result's."""
+    dtypes = (*_FLOATS, torch.uint8, torch.bool)
     if isinstance(p, torch.Tensor):
+        check_key("bernoulli", key)
+        if not p.is_floating_point():
+            raise TypeError(f"bernoulli: p must be a number or a floating-point tensor, got {p.dtype}")
+        if shape is not None and torch.Size(shape) != p.shape:
+            raise ValueError(f"bernoulli: shape must be that of p, {tuple(p.shape)}, or left out, got {tuple(shape)}")
+        _check_result("bernoulli", key, p.shape, dtype, out, dtypes)
+        if out is not None:
+            check_device("bernoulli", "out", out, "p", p)
         draws = uniform(key, p.shape, device=p.device if device is None else device) < p
         return draws.to(dtype) if out is None else out.copy_(draws)
+    (p,) = _numbers("bernoulli", p=p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"bernoulli: p must be in [0, 1], got {p}")
     if shape is None:
         raise TypeError("bernoulli: shape is required where p is a number")
-    return _draw("bernoulli", key, shape, dtype, device, out, (*_FLOATS, torch.uint8, torch.bool), p)
+    return _draw("bernoulli", key, shape, dtype, device, out, dtypes, p)
 
 
 def exponential(key, shape, rate=1.0, *, dtype=torch.float32, device=None, out=None):
     """-ln(u) / rate: density rate exp(-rate x)."""
+    (rate,) = _numbers("exponential", rate=rate)
     if not rate > 0:
         raise ValueError(f"exponential: rate must be positive, got {rate}")
     return _draw("exponential", key, shape, dtype, device, out, _FLOATS, 1.0 / rate)
@@ -163,8 +183,13 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
     The quantile of a standard normal at a probability uniform between those of low and high, which has 24 bits (float64: 53).
     Bounds beyond 5 (float32) or 8 (float64) act as those.
     """
+    low, high = _numbers("truncated_normal", low=low, high=high)
     if not low < high:
         raise ValueError(f"truncated_normal: low must be below high, got {low} and {high}")
+    check_key("truncated_normal", key)
+    shape = _size("truncated_normal", shape)
+    _check_result("truncated_normal", key, shape, dtype, out, _FLOATS)
+    dtype = dtype if out is None else out.dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     limit = 8.0 if work == torch.float64 else 5.0
     a, b = (math.erf(max(-limit, min(limit, x)) / math.sqrt(2)) for x in (low, high))
@@ -176,18 +201,43 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
 
 def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     check_key(name, key)
-    shape = torch.Size((shape,) if isinstance(shape, int) else shape)
-    if key.dim() == 2 and (not shape or shape[0] != key.shape[0]):
-        raise ValueError(f"{name}: {key.shape[0]} keys need a shape that starts with {key.shape[0]}, got {tuple(shape)}")
+    if type(a) is not float or type(b) is not float:
+        a, b = _numbers(name, scale=a, location=b)
+    shape = _size(name, shape)
+    _check_result(name, key, shape, dtype, out, dtypes)
     if out is None:
         device = key.device if device is None else torch.device(device)
-        if dtype not in dtypes:
-            raise TypeError(f"{name}: dtype must be one of {dtypes}, got {dtype}")
         if transforming():
             return _random.draw(name, key, shape, dtype, a, b).to(device)
         out = torch.empty(shape, dtype=dtype, device=device)
         _random.FILL[name](beside(key, out), out, a, b)
         return out
+    _random.FILL[name](beside(key, out), out, a, b)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _size(name, shape):
+    try:
+        return torch.Size((shape,) if isinstance(shape, int) else shape)
+    except TypeError:
+        raise TypeError(f"{name}: shape must be integers, got {shape!r}") from None
+
+
+def _numbers(name, **values):
+    for argument, value in values.items():
+        check_number(name, argument, value)
+    return [float(value) if isinstance(value, int) else value for value in values.values()]
+
+
+def _check_result(name, key, shape, dtype, out, dtypes):
+    if key.dim() == 2 and (not shape or shape[0] != key.shape[0]):
+        raise ValueError(f"{name}: {key.shape[0]} keys need a shape that starts with {key.shape[0]}, got {tuple(shape)}")
+    if out is None:
+        if dtype not in dtypes:
+            raise TypeError(f"{name}: dtype must be one of {dtypes}, got {dtype}")
+        return
+    check_tensor(name, "out", out)
     if out.dtype not in dtypes or out.shape != shape or not out.is_contiguous():
         raise ValueError(
             f"{name}: out must be contiguous of shape {tuple(shape)} and one of {dtypes}, got {out.dtype} {tuple(out.shape)}"
@@ -195,9 +245,6 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: out requires grad; draws have no gradient")
-    _random.FILL[name](beside(key, out), out, a, b)
-    torch.autograd.graph.increment_version(out)
-    return out
 
 
 def key_for(op, key, generator, x):
@@ -215,5 +262,7 @@ def key_for(op, key, generator, x):
 def beside(key, out):
     """The key where the kernel can read it: one key on the CPU goes along as two numbers, everything else lies on out's device."""
     if key.device != out.device and not (key.device.type == "cpu" and (key.dim() == 1 or out.device.type != "cuda")):
+        if key.device.type == "meta":
+            raise ValueError(f"key must be on the CPU or on {out.device}, got a key on meta, which has no numbers")
         key = key.to(out.device if out.device.type in ("cpu", "cuda") else "cpu")
     return key.contiguous()

@@ -1,6 +1,7 @@
 """One training loop for every model.
 
     import genkern.data, genkern.train
+    from genkern.models import VAE
 
     data = genkern.data.load("digits")
     model = VAE(VAE.config_for(data))
@@ -10,16 +11,20 @@
 Order and noise come from (seed, epoch, step) by genkern.random, one stream per sample. So a run that was killed and resumed ends with
 the weights of an unbroken one, bit for bit on the same machine (on a GPU as far as its kernels are deterministic). And the processes
 that torchrun starts train together as one does, up to the rounding of sums: each takes its slice of every batch, and the gradients
-are averaged. Each holds the whole model; buffers such as running means stay those of the first process. A model is a plain torch
-module, so accelerate (the extra `distributed`) and FSDP, for models that one device cannot hold, go around it in a loop of one's own,
-with the keys of this process's samples:
+are averaged. Buffers such as running means stay those of the first process.
 
-    model, optimizer = accelerator.prepare(model, optimizer)                                    # accelerate
-    for part in (model.encoder, model.decoder, model): torch.distributed.fsdp.fully_shard(part)  # or FSDP; fit() refuses the result
-    torch.distributed.fsdp.register_fsdp_forward_method(model, "sample")                        # gathers the weights as forward does
+A model that one device cannot hold is divided by FSDP before fit(): each process then keeps a part of every weight, gradient, average
+and optimizer state, and what is written is the same as ever. Which parts are gathered at a time is the caller's choice:
 
-    keys = random.split(random.fold_in(key, step), batch_size)[rank * n : (rank + 1) * n]       # n = batch_size / world
-    model(batch[rank * n : (rank + 1) * n], key=keys).loss.backward()                           # gradients of the whole batch
+    for part in (model.encoder, model.decoder, model): torch.distributed.fsdp.fully_shard(part)
+    fit(model, data, out="run")                                                                  # genkern.load("run"): one whole model
+
+A model is a plain torch module, so accelerate (the extra `distributed`) goes around it too, in a loop of one's own with the keys of
+this process's samples:
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+    keys = random.split(random.fold_in(key, step), batch_size)[rank * n : (rank + 1) * n]        # n = batch_size / world
+    accelerator.backward(model(batch[rank * n : (rank + 1) * n], key=keys).loss)                 # gradients of the whole batch
 
 The folder `out` holds config.json and model.safetensors (the best weights by validation loss, for load()), last.safetensors (all that
 resuming needs), run.json (the settings) and history.json.
@@ -37,7 +42,7 @@ import torch
 
 from genkern import checkpoint, random
 from genkern._version import __version__
-from genkern.models._base import Training, write
+from genkern.models._base import Training, is_sharded, write
 
 FILES = ("config.json", "model.safetensors", "last.safetensors", "run.json", "history.json")
 
@@ -45,17 +50,16 @@ FILES = ("config.json", "model.safetensors", "last.safetensors", "run.json", "hi
 def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validate=True, progress=True, **training):
     """Train on data.train, keep the best weights by the loss on data.validation; the history, one dict per epoch.
 
-    model: a genkern model, also one inside torch.compile; it is trained where it lies. Left in evaluation mode with its last
-    weights (their average where `ema` is set); the best ones are in `out`.
-    out: a folder; None writes nothing. resume: go on from out/last.safetensors, or begin where there is none.
+    model: a genkern model, also one inside torch.compile or divided by fully_shard; it is trained where it lies. Left in evaluation
+    mode with its last weights (their average where `ema` is set); the best ones are in `out`.
+    out: a folder; None writes nothing. resume: go on from out/last.safetensors, or begin where there is none. seed: of order and noise.
+    validate: False leaves data.validation alone, and the loss in training says which weights are best. progress: lines on stderr.
     save_every: steps between checkpoints within an epoch, beside the one after it. training: the fields of Training,
     by default the model's own. Each epoch leaves out the last len(train) % batch_size samples of its shuffled order.
     """
     core = getattr(model, "_orig_mod", model)
     core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
     settings = _settings(core, training)
-    if any(hasattr(p, "full_tensor") for p in core.parameters()):
-        raise ValueError("fit: the parameters are sharded (FSDP): train them in a loop of your own, as genkern.train shows")
     if save_every is not None and save_every < 1:
         raise ValueError(f"fit: save_every must be positive, got {save_every}")
     if resume and out is None:
@@ -69,7 +73,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
         raise ValueError(f"fit: the batch of {settings.batch_size} must divide into {world} processes")
     run = _Run(core, settings, seed, len(inputs) // batch_size)
     folder = None if out is None else Path(out)
-    facts = {"genkern": __version__, "class": type(core).__name__, "data": data.name, "window": data.window, "seed": seed}
+    facts = {"genkern": __version__, "class": core.kind, "data": data.name, "window": data.window, "seed": seed}
     facts.update(training=dataclasses.asdict(settings), config=dataclasses.asdict(core.config))
     facts = json.loads(json.dumps(facts))  # tuples are lists, as they come back
     if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
@@ -78,12 +82,16 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
             run.write_history(folder)  # a kill may have come before it
     elif world > 1:  # one start for all
         for x in core.state_dict().values():
-            torch.distributed.broadcast(x, 0)
+            if not is_sharded([x]):
+                torch.distributed.broadcast(x, 0)
         run.restart_ema()
 
     shuffle, noise, validation = random.split(random.key(seed), 3)
     device = next(core.parameters()).device
-    save = (lambda: run.save(folder, facts)) if folder is not None and rank == 0 else lambda: None
+    sharded = is_sharded(core.parameters())
+    takes_part = sharded or rank == 0  # in evaluating and saving: a sharded model needs all its parts
+    evaluate = _gathering(core, "evaluate") if sharded else core.evaluate
+    save = (lambda: run.save(folder, facts)) if folder is not None and takes_part else lambda: None
     bar = _bar(run, settings.epochs, progress and rank == 0)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(bar):
         while run.epoch < settings.epochs:
@@ -106,14 +114,15 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
             run.share_sums(world)
             core.eval()
             row = {"epoch": run.epoch + 1, **run.means()}
-            if rank == 0:
+            if takes_part:
                 with run.averaged_weights():
-                    found = core.evaluate(*data.validation, key=validation) if validate else {}
+                    found = evaluate(*data.validation, key=validation) if validate else {}
                     row.update({f"validation_{name}": x if math.isfinite(x) else None for name, x in found.items()})
                     row["seconds"] = time.perf_counter() - start
                     run.finish_epoch(row)
                     measure = row.get("validation_loss", row["loss"])
-                    if measure is not None and (run.best is None or measure < run.best):
+                    better = measure is not None and (run.best is None or measure < run.best)
+                    if _first_decides(lambda better=better: better, device) if sharded else better:
                         run.best = measure
                         if folder is not None:
                             core.save_pretrained(folder)  # before `last`, which says that it exists
@@ -131,8 +140,11 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
 def sample(model, n, *, key, batch_size=256, **conditions):
     """model.sample(n, key=key, ...) with the work divided among the processes: each returns all n samples, the same as one alone.
 
-    For models whose sample() takes one key per sample. conditions: tensors with n rows, or the same for all.
+    For models whose sample() takes one key per sample. conditions: tensors with n rows, or the same for all. With a sharded model,
+    whose parts come together for each layer, all processes draw all samples.
     """
+    if is_sharded(model.parameters()):
+        return _gathering(model, "sample")(n, key=random.split(key, n), batch_size=batch_size, **conditions)
     rank, world = _rank_and_world()
     share = -(-n // world)
     mine = slice(min(n, rank * share), min(n, (rank + 1) * share))
@@ -173,7 +185,7 @@ class _Run:
             self.model.zero_grad(set_to_none=True)
             loss.backward()
             if world > 1:
-                _average([p.grad for p in parameters if p.grad is not None], world)
+                _average([p.grad for p in parameters if p.grad is not None and not is_sharded([p])], world)
             if self.settings.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad_norm)
             optimizer = self.optimizers[name]
@@ -223,7 +235,8 @@ class _Run:
         state = {"run": facts, "epoch": self.epoch, "step": self.step, "best": self.best, "history": self.history,
                  "sums": {name: float(total) for name, total in self.sums.items()}, "counts": self.counts}  # fmt: skip
         checkpoint.save(folder / "last.safetensors", checkpoint.collect(self.model, self.optimizers, self.ema), state)
-        self.write_history(folder)
+        if _rank_and_world()[0] == 0:
+            self.write_history(folder)
 
     def write_history(self, folder):
         write(folder / "history.json", (json.dumps(self.history, indent=1) + "\n").encode())
@@ -330,6 +343,23 @@ def _first_decides(question, device):
     if answer == 2:
         raise error or RuntimeError("fit: the first process could not use the folder")
     return bool(answer)
+
+
+def _gathering(model, name):
+    """The method `name` of a sharded model as a forward pass: weights are gathered for it, and divided again behind it."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if name not in vars(model):
+        register_fsdp_forward_method(model, name)
+
+    def call(*args, **kwargs):
+        result = getattr(model, name)(*args, **kwargs)
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        return result
+
+    return call
 
 
 def _wide(device):

@@ -3,38 +3,43 @@
 //   m = g_u u + g_c c,   y = clip(a x + b m),   every output = C . [x, m, y, noise, h1, h2, h3]
 //
 // The coefficients are row inputs: one row of a table, chosen by a number or by a tensor of step indices (one, or one per sample).
+// One functor serves every combination of guidance, history, given noise and outputs: what is absent is an Array without data, and a
+// branch that goes the same way for every vector costs less than eighty functors take to compile.
 #include "sampler_step.h"
 
 namespace gk {
 namespace {
 
-// Columns of the table: g_u, g_c, a, b, then the row of the sample, the row of the history, and the scale of the model input.
-constexpr int kGuidance = 0, kPrediction = 2, kSample = 4;
+constexpr int kHistory = 3, kTerms = 4 + kHistory;  // x, m, y, noise, then the history
+enum In { kX, kU, kC, kPast, kNoise = kPast + kHistory, kStepInputs };  // u: the one output of the model without guidance
+enum Out { kNext, kNextPast, kNextInput, kStepOutputs = kNextInput + 2 };
+enum Row { kGuidance, kPrediction = 2, kSample = 4, kPastRow = kSample + kTerms, kScale = kPastRow + kTerms, kStepRows };
 #ifdef GK_GPU
 constexpr int kGuidanceInputs = 5;  // the moments
 #else
 constexpr int kGuidanceInputs = 2;  // the weights
 #endif
 
-template <int kRaw, int kHistory, class Distribution, bool kGivenNoise, bool kNextInput>
+template <class Distribution>
 struct SamplerStep {
-  static constexpr int kTerms = 4 + kHistory;  // of an output
-  static constexpr int kInputs = 1 + kRaw + kHistory + kGivenNoise, kRowInputs = kSample + 2 * kTerms + 1;
-  static constexpr int kOutputs = 1 + (kHistory > 0) + (kNextInput ? kRaw : 0), kSums = 0;
+  static constexpr int kInputs = kStepInputs, kRowInputs = kStepRows, kOutputs = kStepOutputs, kSums = 0;
   Distribution noise;
   double clip;
+  int history;  // terms
+  bool guided, noisy, next_input;
 
   template <class V>
-  GK_FN static V combine(const V* c, V x, V m, V y, V eps, const V* history) {
+  GK_FN V combine(const V* c, V x, V m, V y, V eps, const V* past) const {
     V sum = fma(c[0], x, fma(c[1], m, c[2] * y));
-    if constexpr (kGivenNoise || !std::is_same<Distribution, NoNoise>::value) sum = fma(c[3], eps, sum);
-    for (int k = 0; k < kHistory; k++) sum = fma(c[4 + k], history[k], sum);
+    if (noisy) sum = fma(c[3], eps, sum);
+    for (int k = 0; k < kHistory; k++)
+      if (k < history) sum = fma(c[4 + k], past[k], sum);
     return sum;
   }
 
   template <class V>
-  GK_FN static V guided(const V* in, const V* row) {
-    return kRaw == 2 ? fma(row[kGuidance], in[1], row[kGuidance + 1] * in[kRaw]) : in[1];
+  GK_FN V model_output(const V* in, const V* row) const {
+    return guided ? fma(row[kGuidance], in[kU], row[kGuidance + 1] * in[kC]) : in[kU];
   }
 
   template <class V>
@@ -45,58 +50,52 @@ struct SamplerStep {
   }
 
   template <class V>
-  GK_FN static void put(V x, V m, V y, V eps, const V* history, const V* row, V* out) {
-    const V next = combine(row + kSample, x, m, y, eps, history);
-    out[0] = next;
-    if constexpr (kHistory > 0) out[1] = combine(row + kSample + kTerms, x, m, y, eps, history);
-    if constexpr (kNextInput)
-      for (int k = kOutputs - kRaw; k < kOutputs; k++) out[k] = next * row[kSample + 2 * kTerms];
+  GK_FN void put(V x, V m, V y, V eps, const V* past, const V* row, V* out) const {
+    out[kNext] = combine(row + kSample, x, m, y, eps, past);
+    out[kNextPast] = history ? combine(row + kPastRow, x, m, y, eps, past) : V{};
+    out[kNextInput] = out[kNextInput + 1] = next_input ? out[kNext] * row[kScale] : V{};
   }
 
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
-    const V x = in[0], m = guided(in, row), y = predicted(x, m, row);
-    put(x, m, y, kGivenNoise ? in[kInputs - 1] : eps, in + 1 + kRaw, row, out);
+    const V m = model_output(in, row), y = predicted(in[kX], m, row);
+    put(in[kX], m, y, std::is_same<Distribution, NoNoise>::value ? in[kNoise] : eps, in + kPast, row, out);
   }
 };
 
 // With adaptive guidance, a threshold per sample, or a learned variance.
-template <int kRaw, int kHistory, class Distribution, bool kNextInput>
-struct AdaptiveStep : SamplerStep<kRaw, kHistory, Distribution, true, kNextInput> {
-  using Plain = SamplerStep<kRaw, kHistory, Distribution, true, kNextInput>;
-  static constexpr int kInputs = Plain::kInputs + 1;  // the variance comes last, given noise before it
+template <class Distribution>
+struct AdaptiveStep : SamplerStep<Distribution> {
+  static constexpr int kInputs = kStepInputs + 1;
   // Behind the columns of the table: the logarithms of the least and the largest variance, the bound, guidance.
-  static constexpr int kRowInputs = Plain::kRowInputs + 3 + kGuidanceInputs;
+  static constexpr int kRowInputs = kStepRows + 3 + kGuidanceInputs;
   AdaptiveGuidance guidance;
-  bool adaptive, bounded, given, learned;
+  bool adaptive, bounded, learned;
 
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
-    const V* more = row + Plain::kRowInputs;
-    V m = Plain::guided(in, row);
-    if (kRaw == 2 && adaptive) {
+    const V* more = row + kStepRows;
+    V m = this->model_output(in, row);
+    if (adaptive) {
       V on_c, on_d;
 #ifdef GK_GPU
       guidance.weights<V>(row[kGuidance + 1], {more[3], more[4], more[5], more[6], more[7]}, on_c, on_d);
 #else
       on_c = more[3], on_d = more[4];
 #endif
-      m = fma(on_c, in[kRaw], on_d * (in[kRaw] - in[1]));
+      m = fma(on_c, in[kC], on_d * (in[kC] - in[kU]));
     }
-    V y = this->predicted(in[0], m, row);
+    V y = this->predicted(in[kX], m, row);
     if (bounded) {
       y = y < -more[2] ? -more[2] : y;
       y = (y > more[2] ? more[2] : y) / more[2];
     }
-    if (given)
-      eps = in[kInputs - 2];
-    else if (std::is_same<Distribution, NoNoise>::value)
-      eps = V{};
+    if (std::is_same<Distribution, NoNoise>::value) eps = in[kNoise];
     if (learned) {  // v in [-1, 1] between the logarithms
-      const V part = fma(in[kInputs - 1], splat<V>(0.5), splat<V>(0.5));
+      const V part = fma(in[kStepInputs], splat<V>(0.5), splat<V>(0.5));
       eps = eps * exp(fma(part, more[1] - more[0], more[0]) * splat<V>(0.5));
     }
-    Plain::put(in[0], m, y, eps, in + 1 + kRaw, row, out);
+    this->put(in[kX], m, y, eps, in + kPast, row, out);
   }
 };
 
@@ -110,90 +109,74 @@ struct Arguments {
   bool learned;
 };
 
-template <class F, int kRaw, int kHistory, bool kNextInput>
-void fill(const Arguments& a, Arrays<F::kInputs>& in, Arrays<F::kRowInputs>& row, Arrays<F::kOutputs>& out) {
-  const RowShape shape = a.x.shape();
-  in[0] = a.x.array();
-  for (int k = 0; k < kRaw; k++) in[1 + k] = samples_from(a.raw.array(), k * shape.rows);
-  for (int k = 0; k < kHistory; k++) in[1 + kRaw + k] = a.history[k]->array();
-  for (int k = 0; k < F::kRowInputs; k++) row[k] = columns_from(a.table, k);
-  out[0] = a.out.array();
-  if constexpr (kHistory > 0) out[1] = a.history_out->array();
-  if constexpr (kNextInput)
-    for (int k = 0; k < kRaw; k++) out[F::kOutputs - kRaw + k] = samples_from(a.input_out->array(), k * shape.rows);
+Array array_of(const std::optional<Rows>& rows) { return rows ? rows->array() : Array{}; }
+
+// The inputs, row inputs and outputs that both functors have; the rest stays absent.
+template <class F>
+void run(F f, const Arguments& a, const Tensor& like, Arrays<F::kInputs> in, Arrays<F::kRowInputs> row) {
+  const int64_t samples = a.x.shape().rows;
+  Arrays<F::kOutputs> out{};
+  f.clip = a.clip;
+  f.guided = a.raw.shape().rows != samples;
+  f.noisy = a.key || a.noise;
+  f.next_input = a.input_out.has_value();
+  in[kX] = a.x.array();
+  in[kU] = a.raw.array();
+  if (f.guided) in[kC] = samples_from(in[kU], samples);
+  for (f.history = 0; f.history < kHistory && a.history[f.history]; f.history++) in[kPast + f.history] = a.history[f.history]->array();
+  in[kNoise] = array_of(a.noise);
+  out[kNext] = a.out.array();
+  out[kNextPast] = array_of(a.history_out);
+  out[kNextInput] = array_of(a.input_out);
+  if (f.next_input && f.guided) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
+  const int terms = 4 + f.history;  // columns of the table that an output has
+  for (int k = 0; k < kSample; k++) row[k] = columns_from(a.table, k);
+  for (int k = 0; k < terms; k++) row[kSample + k] = columns_from(a.table, kSample + k);
+  for (int k = 0; k < terms && f.history; k++) row[kPastRow + k] = columns_from(a.table, kSample + terms + k);
+  row[kScale] = columns_from(a.table, kSample + 2 * terms);
+  run_rows(f, a.x.shape(), in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
 }
 
-template <int kRaw, int kHistory, class Distribution, bool kGivenNoise, bool kNextInput>
-void run_plain(const Arguments& a, const Tensor& like) {
-  using F = SamplerStep<kRaw, kHistory, Distribution, kGivenNoise, kNextInput>;
-  Arrays<F::kInputs> in;
-  Arrays<F::kRowInputs> row;
-  Arrays<F::kOutputs> out;
-  fill<F, kRaw, kHistory, kNextInput>(a, in, row, out);
-  if constexpr (kGivenNoise) in[F::kInputs - 1] = a.noise->array();
-  run_rows(F{{}, a.clip}, a.x.shape(), in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
-}
-
-template <int kRaw, int kHistory, class Distribution, bool kNextInput>
+template <class Distribution>
 void run_adaptive(const Arguments& a, const Tensor& like) {
-  using F = AdaptiveStep<kRaw, kHistory, Distribution, kNextInput>;
-  Arrays<F::kInputs> in;
-  Arrays<F::kRowInputs> row;
-  Arrays<F::kOutputs> out;
-  fill<F, kRaw, kHistory, kNextInput>(a, in, row, out);
-  in[F::kInputs - 2] = a.noise ? a.noise->array() : in[0];  // what is absent points at something that may be read
-  in[F::kInputs - 1] = in[0];
-  if (a.learned) {  // the second half of the channels, with the condition
-    in[F::kInputs - 1] = columns_from(samples_from(a.raw.array(), (kRaw - 1) * a.x.shape().rows), a.x.shape().width);
-  } else {
-    row[F::kRowInputs - kGuidanceInputs - 3] = row[F::kRowInputs - kGuidanceInputs - 2] = a.table;
+  using F = AdaptiveStep<Distribution>;
+  Arrays<F::kInputs> in{};
+  Arrays<F::kRowInputs> row{};
+  Array* const more = row.data() + kStepRows;
+  if (a.learned) {  // the second half of the channels, with the condition; two more columns
+    const int64_t outputs = a.raw.shape().rows / std::max<int64_t>(1, a.x.shape().rows);
+    in[kStepInputs] = columns_from(samples_from(a.raw.array(), (outputs - 1) * a.x.shape().rows), a.x.shape().width);
+    int history = 0;
+    while (history < kHistory && a.history[history]) history++;
+    for (int k = 0; k < 2; k++) more[k] = columns_from(a.table, kSample + 2 * (4 + history) + 1 + k);
   }
-  row[F::kRowInputs - kGuidanceInputs - 1] = a.bound ? per_row(*a.bound) : a.table;
-  for (int k = F::kRowInputs - kGuidanceInputs; k < F::kRowInputs; k++) row[k] = a.table;
+  if (a.bound) more[2] = per_row(*a.bound);
   std::vector<float> weights;
   std::vector<double> wide_weights;
   if (a.moments) {
 #ifdef GK_GPU
-    for (int k = 0; k < 5; k++) row[F::kRowInputs - 5 + k] = columns_from(Rows(*a.moments).array(), k);
+    for (int k = 0; k < kGuidanceInputs; k++) more[3 + k] = columns_from(Rows(*a.moments).array(), k);
 #else
     Array on{nullptr, 2, a.table.storage};
     if (on.storage == Storage::kDouble)
       on.data = (wide_weights = guidance_weights<double>(a.guidance, a.table, *a.moments)).data();
     else
       on.data = (weights = guidance_weights<float>(a.guidance, a.table, *a.moments)).data();
-    for (int k = 0; k < 2; k++) row[F::kRowInputs - 2 + k] = columns_from(on, k);
+    for (int k = 0; k < kGuidanceInputs; k++) more[3 + k] = columns_from(on, k);
 #endif
   }
-  const F f{{{}, a.clip}, a.guidance, a.moments.has_value(), a.bound.has_value(), a.noise.has_value(), a.learned};
-  run_rows(f, a.x.shape(), in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
+  F f{};
+  f.guidance = a.guidance;
+  f.adaptive = a.moments.has_value(), f.bounded = a.bound.has_value(), f.learned = a.learned;
+  run(f, a, like, in, row);
 }
 
-template <int kRaw, int kHistory>
-void run(const Arguments& a, const Tensor& like) {
-  const auto with = [&](auto next_input) {
-    constexpr bool kNext = next_input();
-    if (a.moments || a.bound || a.learned)
-      a.key ? run_adaptive<kRaw, kHistory, Normal, kNext>(a, like) : run_adaptive<kRaw, kHistory, NoNoise, kNext>(a, like);
-    else if (a.key)
-      run_plain<kRaw, kHistory, Normal, false, kNext>(a, like);
-    else if (a.noise)
-      run_plain<kRaw, kHistory, NoNoise, true, kNext>(a, like);
-    else
-      run_plain<kRaw, kHistory, NoNoise, false, kNext>(a, like);
-  };
-  a.input_out ? with(std::true_type{}) : with(std::false_type{});
-}
-
-template <int kRaw>
-void run_with_history(const Arguments& a, const Tensor& like) {
-  if (a.history[2])
-    run<kRaw, 3>(a, like);
-  else if (a.history[1])
-    run<kRaw, 2>(a, like);
-  else if (a.history[0])
-    run<kRaw, 1>(a, like);
+template <class Distribution>
+void run_with_noise(const Arguments& a, const Tensor& like) {
+  if (a.moments || a.bound || a.learned)
+    run_adaptive<Distribution>(a, like);
   else
-    run<kRaw, 0>(a, like);
+    run(SamplerStep<Distribution>{}, a, like, {}, {});
 }
 
 void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps, int64_t step, MaybeTensor h1, MaybeTensor h2,
@@ -216,10 +199,7 @@ void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps
               {},
               learned};
   a.guidance = {rescale, parallel, max_norm, static_cast<double>(std::max<int64_t>(1, a.x.shape().width))};
-  if (model_output.size(0) == x.size(0))
-    run_with_history<1>(a, x);
-  else
-    run_with_history<2>(a, x);
+  key ? run_with_noise<Normal>(a, x) : run_with_noise<NoNoise>(a, x);
 }
 
 }  // namespace

@@ -276,6 +276,20 @@ template <class V>
 GK_FN void store(Scalar<V>* p, V x) {
   memcpy(p, &x, sizeof(V));
 }
+GK_FN lane_i32 lane_indices() {
+  lane_i32 index;
+  for (int i = 0; i < kLanes; i++) index[i] = i;
+  return index;
+}
+GK_FN bool any(lane_i32 condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; i++) all |= condition[i];
+  return all != 0;
+#endif
+}
 GK_FN double load_first(const double* p, int count, double) { return count ? *p : 0.0; }
 GK_FN void store_first(double* p, double x, int count) {
   if (count) *p = x;
@@ -283,6 +297,8 @@ GK_FN void store_first(double* p, double x, int count) {
 GK_FN lane_f32 load_first(const float* p, int count, lane_f32) {
 #if defined(__AVX512F__)
   return (lane_f32)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  return (lane_f32)_mm256_maskload_ps(p, (__m256i)(lane_indices() < count));
 #else
   lane_f32 x = {};
   for (int i = 0; i < count; i++) x[i] = p[i];
@@ -292,6 +308,8 @@ GK_FN lane_f32 load_first(const float* p, int count, lane_f32) {
 GK_FN void store_first(float* p, lane_f32 x, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)(lane_indices() < count), (__m256)x);
 #else
   for (int i = 0; i < count; i++) p[i] = x[i];
 #endif
@@ -308,34 +326,32 @@ GK_FN double sum_lanes(lane_f32 x) {  // fixed order
 #endif
 }
 GK_FN lane_f32 keep_first(lane_f32 x, int count) {  // the others become zero
-  lane_i32 index;
-  for (int i = 0; i < kLanes; i++) index[i] = i;
-  return index < count ? x : lane_f32{};
+  return lane_indices() < count ? x : lane_f32{};
 }
 GK_FN double keep_first(double x, int count) { return count ? x : 0.0; }
 
-// out[4 * i + j] = x[j][i]: the four values of every counter become neighbours.
+// Four values of each of kLanes counters lie in x[0], ... x[3]; they become neighbours, counter after counter. Lane i holds counter
+// counter_of_lane(i), in which order a transposition within 128 bits is all that is needed.
+constexpr int counter_of_lane(int lane) { return lane % 4 * (kLanes / 4) + lane / 4; }
 GK_FN void store_interleaved(float* out, const lane_f32 x[4]) {
 #if defined(__AVX512F__)
   const __m512 p = _mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]), q = _mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]);
   const __m512 r = _mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]), t = _mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]);
   const __m512 g0 = (__m512)_mm512_unpacklo_pd((__m512d)p, (__m512d)r), g1 = (__m512)_mm512_unpackhi_pd((__m512d)p, (__m512d)r);
   const __m512 g2 = (__m512)_mm512_unpacklo_pd((__m512d)q, (__m512d)t), g3 = (__m512)_mm512_unpackhi_pd((__m512d)q, (__m512d)t);
-  const __m512 x0 = _mm512_shuffle_f32x4(g0, g1, 0x44), x1 = _mm512_shuffle_f32x4(g2, g3, 0x44);
-  const __m512 x2 = _mm512_shuffle_f32x4(g0, g1, 0xee), x3 = _mm512_shuffle_f32x4(g2, g3, 0xee);
-  _mm512_storeu_ps(out, _mm512_shuffle_f32x4(x0, x1, 0x88));
-  _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(x0, x1, 0xdd));
-  _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(x2, x3, 0x88));
-  _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(x2, x3, 0xdd));
+  _mm512_storeu_ps(out, g0);
+  _mm512_storeu_ps(out + 16, g1);
+  _mm512_storeu_ps(out + 32, g2);
+  _mm512_storeu_ps(out + 48, g3);
 #elif defined(__AVX2__)
   const __m256 p = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]), q = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
   const __m256 r = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]), t = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
   const __m256 g0 = (__m256)_mm256_unpacklo_pd((__m256d)p, (__m256d)r), g1 = (__m256)_mm256_unpackhi_pd((__m256d)p, (__m256d)r);
   const __m256 g2 = (__m256)_mm256_unpacklo_pd((__m256d)q, (__m256d)t), g3 = (__m256)_mm256_unpackhi_pd((__m256d)q, (__m256d)t);
-  _mm256_storeu_ps(out, _mm256_permute2f128_ps(g0, g1, 0x20));
-  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(g2, g3, 0x20));
-  _mm256_storeu_ps(out + 16, _mm256_permute2f128_ps(g0, g1, 0x31));
-  _mm256_storeu_ps(out + 24, _mm256_permute2f128_ps(g2, g3, 0x31));
+  _mm256_storeu_ps(out, g0);
+  _mm256_storeu_ps(out + 8, g1);
+  _mm256_storeu_ps(out + 16, g2);
+  _mm256_storeu_ps(out + 24, g3);
 #else
   for (int i = 0; i < kLanes; i++)
     for (int j = 0; j < 4; j++) out[4 * i + j] = x[j][i];

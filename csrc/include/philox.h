@@ -31,36 +31,44 @@ GK_FN lane_u64 multiply_low_words(lane_u64 a, lane_u64 b) {
 }
 #endif
 
-// Ten rounds on counters held in 64-bit words W; only the low 32 bits of the results count.
+// Ten rounds on counters (low and high half of `counter`, 0, 0) held in 64-bit words W; only the low 32 bits of the results count.
 template <class W>
-GK_FN void philox(W c[4], uint64_t seed) {
+GK_FN void philox(W counter, uint64_t seed, W c[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  const W m0 = 0xD2511F53ull - W{}, m1 = 0xCD9E8D57ull - W{};
-  for (int round = 0; round < 10; round++) {
+  const W m0 = 0xD2511F53ull - W{}, m1 = 0xCD9E8D57ull - W{}, first = multiply_low_words(m0, counter);
+  c[0] = (counter >> 32) ^ static_cast<uint64_t>(k0), c[1] = W{};  // the first round, where one factor is zero
+  c[2] = (first >> 32) ^ static_cast<uint64_t>(k1), c[3] = first;
+  for (int round = 1; round < 10; round++) {
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     const W p0 = multiply_low_words(m0, c[0]), p1 = multiply_low_words(m1, c[2]);
     const W n0 = (p1 >> 32) ^ c[1] ^ static_cast<uint64_t>(k0), n2 = (p0 >> 32) ^ c[3] ^ static_cast<uint64_t>(k1);
     c[1] = p1, c[3] = p0, c[0] = n0, c[2] = n2;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
 }
 
 // The four words of counter key.offset + index. Float distributions take U = uint32_t.
 GK_FN void philox_words(Key key, uint64_t index, uint32_t words[4]) {
-  const uint64_t counter = key.offset + index;
-  uint64_t c[4] = {counter & 0xffffffffull, counter >> 32, 0, 0};
-  philox(c, key.seed);
+  uint64_t c[4];
+  philox(key.offset + index, key.seed, c);
   for (int j = 0; j < 4; j++) words[j] = static_cast<uint32_t>(c[j]);
 }
 #ifndef __CUDACC__
-// Words of counters key.offset + index + 0 ... kLanes - 1, one lane each.
+// The low words of a's lanes, each with that of b's lane beside it.
+GK_FN lane_u32 low_words(lane_u64 a, lane_u64 b) {
+#if defined(__AVX512F__)
+  return (lane_u32)_mm512_mask_shuffle_epi32((__m512i)a, 0xaaaa, (__m512i)b, _MM_PERM_CCAA);
+#else
+  return (lane_u32)((a & 0xffffffffull) | (b << 32));
+#endif
+}
+// Words of counters key.offset + index + counter_of_lane(0 ... kLanes - 1), one lane each.
 GK_FN void philox_words(Key key, uint64_t index, lane_u32 words[4]) {
-  lane_u64 even;
-  for (int i = 0; i < kLanes / 2; i++) even[i] = key.offset + index + 2 * static_cast<uint64_t>(i);
-  const lane_u64 odd = even + 1;
-  lane_u64 a[4] = {even & 0xffffffffull, even >> 32, {}, {}}, b[4] = {odd & 0xffffffffull, odd >> 32, {}, {}};
-  philox(a, key.seed);
-  philox(b, key.seed);
-  for (int j = 0; j < 4; j++) words[j] = (lane_u32)((a[j] & 0xffffffffull) | (b[j] << 32));
+  lane_u64 even, a[4], b[4];
+  for (int i = 0; i < kLanes / 2; i++) even[i] = static_cast<uint64_t>(counter_of_lane(2 * i));
+  even = even + (key.offset + index);
+  philox(even, key.seed, a);
+  philox(even + static_cast<uint64_t>(kLanes / 4), key.seed, b);
+  for (int j = 0; j < 4; j++) words[j] = low_words(a[j], b[j]);
 }
 #endif
 
@@ -118,10 +126,14 @@ GK_FN void sincos_turns(V turns, V* sine, V* cosine) {
 // A word as a number in (0, 1]: r 2^-32 + 2^-33, rounded once; the product is exact.
 GK_FN float to_unit(uint32_t r) { return static_cast<float>(r) * 0x1p-32f + 0x1p-33f; }
 #ifndef __CUDACC__
-GK_FN lane_f32 to_unit(lane_u32 r) {  // high * 65536 is exact, so the sum is the one rounding of r to float
+GK_FN lane_f32 to_unit(lane_u32 r) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(r, lane_f32) * 0x1p-32f + 0x1p-33f;
+#else  // high * 65536 is exact, so the sum is the one rounding of r to float
   const lane_f32 high = __builtin_convertvector((lane_i32)(r >> 16), lane_f32);
   const lane_f32 low = __builtin_convertvector((lane_i32)(r & 0xffff), lane_f32);
   return (high * 65536.0f + low) * 0x1p-32f + 0x1p-33f;
+#endif
 }
 #endif
 GK_FN double to_unit(uint32_t r, uint32_t low) { return r * 0x1p-32 + (low * 0x1p-64 + 0x1p-65); }
@@ -140,7 +152,7 @@ using Mask = decltype(V{} < V{});
 template <class V, class U, class Mask>
 GK_FN V half_unit(U r, Mask* reflected) {
   *reflected = r >= 0x80000000u;
-  return to_unit(*reflected ? (U)~r : r);
+  return to_unit((U)(r ^ -(r >> 31)));  // its complement where the sign is set
 }
 template <class V, class Mask>
 GK_FN V half_unit(uint32_t high, uint32_t low, Mask* reflected) {
@@ -177,9 +189,13 @@ struct PerElement {
   GK_FN void operator()(const U r[4], V* out) const {
     const Self& self = *static_cast<const Self*>(this);
     if constexpr (sizeof(Scalar<V>) == 4) {
-      for (int j = 0; j < 4; j++) out[j] = self.template value<V>(r[j]);
+      out[0] = self.template value<V>(r[0]);  // spelled out: of a loop GCC keeps a loop, with the lanes in memory
+      out[1] = self.template value<V>(r[1]);
+      out[2] = self.template value<V>(r[2]);
+      out[3] = self.template value<V>(r[3]);
     } else {
-      for (int j = 0; j < 2; j++) out[j] = self.template value<V>(r[2 * j], r[2 * j + 1]);
+      out[0] = self.template value<V>(r[0], r[1]);
+      out[1] = self.template value<V>(r[2], r[3]);
     }
   }
 };

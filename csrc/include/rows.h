@@ -33,10 +33,11 @@ struct RowShape {
 
 enum class Storage : int { kFloat, kDouble, kBFloat16, kHalf, kByte };
 
-struct Array {  // element (row, column) is data[row * row_stride + column]
-  void* data;
-  int64_t row_stride;
-  Storage storage;
+// Element (row, column) is data[row * row_stride + column]. Without data it is absent: read as zeros, written nowhere.
+struct Array {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  Storage storage = Storage::kFloat;
   const int64_t* lookup = nullptr;  // row inputs only: row r stands at row lookup[r * lookup_stride], kept below lookup_rows
   int64_t lookup_stride = 0, lookup_rows = 0;
 };
@@ -163,13 +164,15 @@ void run_rows(const F& f, RowShape shape, const Arrays<F::kInputs>& in, const Ar
               const Arrays<F::kOutputs>& out, const Arrays<F::kSums>& sum, const Tensor& like, const Keys& keys = {}) {
   RowJob<F> job{f, shape.rows, shape.width, {}, {}, {}, {}, keys};
   bool is_double = false, is_float = false, one_row = F::kSums == 0 && F::kRowInputs == 0 && keys.stride == 0;
-  const auto take = [&](const Array& from, Array& to) {
+  const auto take = [&](const Array& from, Array& to) {  // whether neighbouring rows touch
     to = from;
+    if (!from.data) return true;
     is_double |= from.storage == Storage::kDouble;
     is_float |= from.storage == Storage::kFloat || from.storage == Storage::kHalf || from.storage == Storage::kBFloat16;
+    return from.row_stride == shape.width;
   };
-  for (int i = 0; i < F::kInputs; i++) take(in[i], job.in[i]), one_row &= in[i].row_stride == shape.width;
-  for (int i = 0; i < F::kOutputs; i++) take(out[i], job.out[i]), one_row &= out[i].row_stride == shape.width;
+  for (int i = 0; i < F::kInputs; i++) one_row &= take(in[i], job.in[i]);
+  for (int i = 0; i < F::kOutputs; i++) one_row &= take(out[i], job.out[i]);
   for (int i = 0; i < F::kRowInputs; i++) take(row_in[i], job.row_in[i]);
   for (int i = 0; i < F::kSums; i++) take(sum[i], job.sum[i]);
   STD_TORCH_CHECK(!(is_double && is_float), "float64 does not mix with narrower types");

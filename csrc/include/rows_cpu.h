@@ -31,12 +31,17 @@ inline void float_to_half(const float* from, uint16_t* to, int64_t n) {
   }
 }
 
+template <class S>
+constexpr S kZeros[kTile] = {};  // what an absent array reads as
+
 // Elements [0, n) of a row from column `column` on, as S: in place where the storage is S, else converted into buffer.
 inline const double* read(const Array& a, int64_t row, int64_t column, int64_t, double*) {
+  if (!a.data) return kZeros<double>;
   return static_cast<const double*>(a.data) + row * a.row_stride + column;
 }
 inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n, float* buffer) {
   const int64_t at = row * a.row_stride + column;
+  if (!a.data) return kZeros<float>;
   if (a.storage == Storage::kFloat) return static_cast<const float*>(a.data) + at;
   if (a.storage == Storage::kHalf) {
     half_to_float(static_cast<const uint16_t*>(a.data) + at, buffer, n);
@@ -52,12 +57,13 @@ inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n,
 // Where results of S for those elements go: straight to memory, or to a buffer that write() converts.
 template <class S>
 S* place(const Array& a, int64_t row, int64_t column, S* buffer) {
-  const bool direct = a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble);
+  const bool direct = a.data && a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble);
   return direct ? static_cast<S*>(a.data) + row * a.row_stride + column : buffer;
 }
 template <class S>
 void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t n) {
   const int64_t at = row * a.row_stride + column;
+  if (!a.data) return;
   if (a.storage == Storage::kByte) {
     uint8_t* p = static_cast<uint8_t*>(a.data) + at;
     for (int64_t i = 0; i < n; i++) p[i] = static_cast<uint8_t>(buffer[i]);
@@ -93,12 +99,16 @@ constexpr int64_t kNoiseRoom = kTile + 8 * kLanes;
 template <class N>
 const float* fill_noise(const N& distribution, float* buffer, Key key, uint64_t first, int64_t count) {
   const int64_t skip = static_cast<int64_t>(first % 4);
-  for (int64_t done = -skip; done < count; done += 4 * kLanes) {
-    lane_u32 words[4];
-    lane_f32 values[4];
-    philox_words(key, (first + done) / 4, words);
+  lane_u32 words[4];
+  lane_f32 values[4];
+  for (int64_t at = 0; at < skip + count; at += 4 * kLanes) {  // two short loops overlap better than one with a long chain
+    philox_words(key, (first - skip + at) / 4, words);
+    memcpy(buffer + at, words, sizeof(words));
+  }
+  for (int64_t at = 0; at < skip + count; at += 4 * kLanes) {
+    memcpy(words, buffer + at, sizeof(words));
     distribution(words, values);
-    store_interleaved(buffer + skip + done, values);
+    store_interleaved(buffer + at, values);
   }
   return buffer + skip;
 }
@@ -195,12 +205,13 @@ void run_packed(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise
   for (int k = 0; k < F::kInputs; k++) in[k] = pack(job.in[k], row0, rows, width, buffers[k]);
   for (int k = 0; k < F::kRowInputs; k++) {
     S* to = buffers[F::kInputs + k];
+    in[F::kInputs + k] = job.row_in[k].data ? to : kZeros<S>;
+    if (!job.row_in[k].data) continue;
     for (int64_t row = 0; row < rows; row++) {
       S one;
       const S value = *read(job.row_in[k], looked_up(job.row_in[k], row0 + row), 0, 1, &one);
       for (int64_t j = 0; j < width; j++) to[row * width + j] = value;
     }
-    in[F::kInputs + k] = to;
   }
   for (int64_t i = 0; i < n; i += kCount) {  // the last lanes may lie beyond n, where every buffer still has room
     const int count = static_cast<int>(std::min<int64_t>(kCount, n - i));

@@ -48,6 +48,7 @@ __device__ __forceinline__ void write_one(const Array& a, int64_t at, double x) 
 
 template <class S>
 __device__ __forceinline__ void read_four(const Array& a, int64_t at, int count, S x[4]) {
+  if (!a.data) count = 0;
   if constexpr (sizeof(S) == 4) {
     const float* p = static_cast<const float*>(a.data) + at;
     if (count == 4 && a.storage == Storage::kFloat && aligned(p, 16)) {
@@ -69,6 +70,7 @@ __device__ __forceinline__ void read_four(const Array& a, int64_t at, int count,
 
 template <class S>
 __device__ __forceinline__ void write_four(const Array& a, int64_t at, int count, const S x[4]) {
+  if (!a.data) return;
   if constexpr (sizeof(S) == 4) {
     float* p = static_cast<float*>(a.data) + at;
     if (count == 4 && a.storage == Storage::kFloat && aligned(p, 16)) {
@@ -127,7 +129,7 @@ rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double*
     for (int k = 0; k < F::kInputs; k++) read_four(job.in[k], row * job.in[k].row_stride + column, count, in[k]);
     for (int k = 0; k < F::kRowInputs; k++) {
       const Array& a = job.row_in[k];
-      row_in[k] = read_one(a, looked_up(a, row) * a.row_stride, S{});
+      row_in[k] = a.data ? read_one(a, looked_up(a, row) * a.row_stride, S{}) : S{};
     }
     if constexpr (has_noise<F>) {
       const uint64_t first = job.keys.stride ? column : row * job.width + column;

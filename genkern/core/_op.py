@@ -162,7 +162,7 @@ class Op:
 
     def _call_reference(self, args):
         device_type = args[self.device_of].device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return self.reference(*args)
         return self.reference(*args)

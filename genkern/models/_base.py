@@ -122,7 +122,8 @@ class Model(torch.nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        MODELS.setdefault(cls.__name__, cls)
+        if cls.__bases__[0].__name__ != "FSDPModule":  # fully_shard makes a class for the object that it shards
+            MODELS.setdefault(cls.__name__, cls)
 
     def __init__(self, config):
         super().__init__()
@@ -133,14 +134,19 @@ class Model(torch.nn.Module):
             counts = field.type in (int, "int") and type(field.default) is int and field.default > 0  # not int | None
             if counts and (type(value) is not int or value < 1):
                 raise ValueError(f"{type(self).__name__}: {field.name} must be a positive int, got {value!r}")
-        self.config = config
+        self.config, self.kind = config, type(self).__name__
 
     def save_pretrained(self, folder):
-        """Write the weights and the config. Each file appears whole or not at all; a reader never sees half of one."""
-        folder = Path(folder)
+        """Write the weights and the config. Each file appears whole or not at all; a reader never sees half of one.
+
+        Of a model that fully_shard divided among processes, each must call this; the first one writes the whole weights.
+        """
+        folder, state = Path(folder), self.state_dict()
+        weights = gathered(state)
+        if is_sharded(state.values()) and torch.distributed.get_rank() != 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in self.state_dict().items()}
-        config = {"class": type(self).__name__, "genkern": __version__, "config": dataclasses.asdict(self.config)}
+        config = {"class": self.kind, "genkern": __version__, "config": dataclasses.asdict(self.config)}
         write(folder / "model.safetensors", safetensors.torch.save(weights))
         write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
@@ -212,6 +218,22 @@ def class_labels(name, labels, n, classes, device):
     if looked and ((labels < 0) | (labels >= classes)).any():
         raise ValueError(f"{name}: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
     return labels.long().expand(n)
+
+
+def is_sharded(tensors):
+    """Whether fully_shard (FSDP) divided one of the tensors among the processes."""
+    return any(hasattr(x, "full_tensor") for x in tensors)
+
+
+def gathered(tensors):
+    """{name: a whole, contiguous copy on the CPU}. Of a sharded tensor all processes must ask, and the first one gets it."""
+    copies = {}
+    for name, x in tensors.items():
+        x, sharded = x.detach(), is_sharded([x])
+        x = x.full_tensor() if sharded else x
+        if not sharded or torch.distributed.get_rank() == 0:
+            copies[name] = x.cpu().clone(memory_format=torch.contiguous_format)
+    return copies
 
 
 def _read_config(folder):

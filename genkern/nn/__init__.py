@@ -4,6 +4,7 @@ from genkern.nn.causal_attention import CausalAttention2d
 from genkern.nn.causal_conv import CausalConv1d
 from genkern.nn.flow_layers import (
     ActNorm,
+    ActNormConv1x1,
     AdditiveCoupling,
     AffineCoupling,
     Flip,
@@ -21,6 +22,7 @@ from genkern.nn.masked_conv import MaskedConv2d
 __all__ = [
     "MADE",
     "ActNorm",
+    "ActNormConv1x1",
     "AdditiveCoupling",
     "AffineCoupling",
     "CausalConv1d",

@@ -27,14 +27,22 @@ class ActNorm(nn.Module):
         self._known = False  # the buffer, without asking the device at every step
 
     def forward(self, x, log_det=None, context=None):
-        if self.training and not self._known:
-            if not self.initialized:
-                self._initialize(x.detach())
-            self._known = True
+        self.see(x)
         return ops.actnorm(x, self.log_scale, self.shift, log_det=log_det)
 
     def inverse(self, y, log_det=None, context=None):
         return ops.actnorm(y, self.log_scale, self.shift, inverse=True, log_det=log_det)
+
+    def see(self, x):
+        """Let the first batch in training mode set the parameters."""
+        if self.training and not self._known:
+            if not self.initialized:
+                self._initialize(x.detach())
+            self._known = True
+
+    def settled(self):
+        """Whether the next batch leaves the parameters as they are."""
+        return self._known or not self.training
 
     @torch.no_grad()
     def _initialize(self, x):
@@ -84,12 +92,56 @@ class InvertibleConv1x1(nn.Module):
         return self._apply_to(y, log_det, inverse=True)
 
     def _apply_to(self, x, log_det, inverse):
-        weight, log_abs_det = (self.weight, None) if not self.plu else self._weight()
-        return ops.invertible_conv1x1(x, weight, log_abs_det=log_abs_det, inverse=inverse, log_det=log_det)
+        if not self.plu:
+            return ops.invertible_conv1x1(x, self.weight, inverse=inverse, log_det=log_det)
+        weight, _, log_abs_det = ops.plu_weight(*self.factors(), inverse=inverse)
+        return ops.invertible_conv1x1(x, weight, log_abs_det=log_abs_det, log_det=log_det)
 
-    def _weight(self):
-        weight, _, log_abs_det = ops.plu_weight(self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
-        return weight, log_abs_det
+    def factors(self):
+        """The arguments of genkern.ops.plu_weight."""
+        return self.permutation, self.lower, self.upper, self.sign, self.log_diagonal
+
+
+class ActNormConv1x1(nn.Module):
+    """InvertibleConv1x1(ActNorm(x)) in one matrix product, y = W diag(exp(log_scale)) x + W shift, W = P L U: a Glow step reads x once
+    for both. `norm` and `conv` hold the parameters.
+    """
+
+    safe_inverse = True
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.conv = ActNorm(channels), InvertibleConv1x1(channels)
+
+    def forward(self, x, log_det=None, context=None, prepared=None):
+        self.norm.see(x)
+        return self._product(x, log_det, prepared or ops.plu_weight(*self.factors()))
+
+    def inverse(self, y, log_det=None, context=None, prepared=None):
+        return self._product(y, log_det, prepared or ops.plu_weight(*self.factors(), inverse=True))
+
+    def factors(self):
+        """The arguments of genkern.ops.plu_weight."""
+        return *self.conv.factors(), self.norm.log_scale, self.norm.shift
+
+    def _product(self, x, log_det, prepared):
+        weight, bias, log_abs_det = prepared
+        return ops.invertible_conv1x1(x, weight, bias, log_abs_det=log_abs_det, log_det=log_det)
+
+    @staticmethod
+    def prepare(layers, inverse=False):
+        """{layer: {"prepared": (weight, bias, log_abs_det)}}, what a call of each of the layers of this class takes: those of one size
+        in one batch. The others are left out, and so are layers whose first batch is still to come."""
+        sizes, found = {}, {}
+        for layer in layers:
+            if isinstance(layer, ActNormConv1x1) and (inverse or layer.norm.settled()):
+                weight = layer.conv.lower
+                sizes.setdefault((weight.shape, weight.dtype, weight.device), []).append(layer)
+        for same in sizes.values():
+            batch = [torch.stack(parts) for parts in zip(*(layer.factors() for layer in same), strict=True)]
+            prepared = zip(*(part.unbind() for part in ops.plu_weight(*batch, inverse=inverse)), strict=True)
+            found.update((layer, {"prepared": p}) for layer, p in zip(same, prepared, strict=True))
+        return found
 
 
 class _Coupling(nn.Module):
@@ -153,21 +205,37 @@ class AdditiveCoupling(_Coupling):
 
 
 class AffineCoupling(_Coupling):
-    """y = x s + t (RealNVP, Dinh et al., 2017): the network gives 2 `changed` channels, shifts and then raw scales, which
-    `scale` maps to s as in genkern.ops.affine_coupling. learned_limit: one factor per channel on tanh (RealNVP), in place of limit.
+    """y = x s + t (RealNVP, Dinh et al., 2017): the network gives 2 `changed` channels, shifts and then raw scales u, which
+    `scale` maps to s as in genkern.ops.affine_coupling.
+
+    learned_limit   s = exp(limit tanh(u)) with a learned limit for each changed channel, `limit` at first (RealNVP, section 4.1): what
+                    the bounded scale may reach is left to the data. Takes scale="tanh"
     """
 
     safe_inverse = True
 
-    def __init__(self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None):
+    def __init__(self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None, learned_limit=False):
         super().__init__(network, channels, changed, mask)
+        if learned_limit and scale != "tanh":
+            raise ValueError(f'AffineCoupling: learned_limit is of scale="tanh", got {scale!r}')
+        self.limit = nn.Parameter(torch.full((self.changed,), 2.0 if limit is None else float(limit))) if learned_limit else None
         self.options = {"scale": scale, "shift_first": shift_first, "limit": limit}
+        if learned_limit:
+            self.options.update(scale="exp", limit=None)  # of limit tanh(u)
+
+    def _parameters_of(self, seen, context):
+        params = self.network(seen, context)
+        if self.limit is None:
+            return params
+        shift, raw = params.chunk(2, 1)
+        return torch.cat([shift, self.limit.view(-1, *[1] * (raw.dim() - 2)) * torch.tanh(raw)], 1)
 
     def _couple(self, x, params, inverse, log_det):
         return ops.affine_coupling(x, params, inverse=inverse, mask=self.mask, log_det=log_det, **self.options)
 
     def extra_repr(self):
-        return f"kept={self.kept}, changed={self.changed}, scale={self.options['scale']!r}"
+        scale = self.options["scale"] if self.limit is None else "tanh, learned limit"
+        return f"kept={self.kept}, changed={self.changed}, scale={scale!r}"
 
 
 class SplineCoupling(_Coupling):

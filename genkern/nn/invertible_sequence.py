@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from genkern.nn.flow_layers import ActNormConv1x1
+
 BACKWARDS = ("invert", "checkpoint", "store")
 
 
@@ -22,14 +24,14 @@ class InvertibleSequence(nn.Module):
                               such as splines, whose inverse loses digits in any precision of the stream, are checkpointed
     every       layers between two kept inputs
     tolerance   largest difference of an input that was computed back from the kept one, relative to the largest element. It is
-                measured in the first `trials` backward passes and in every 16th after them. Where it is larger, the gradients of
-                that pass are computed from the kept input, a warning says so and the sequence goes on with "checkpoint"
+                measured in the first `trials` passes and in every 16th after them. Where it is larger, the gradients of that pass are
+                computed from the kept input, a warning says so and the sequence goes on with half of `every`, at last with "checkpoint"
 
     The stream x must be float32 or float64 for "invert": in bfloat16 no layer can be inverted well enough. The networks inside may
     run under autocast. Random draws of the networks (dropout) are repeated. Gradients of gradients need "store".
     """
 
-    def __init__(self, layers, *, backward="store", every=16, tolerance=1e-3, trials=10):
+    def __init__(self, layers, *, backward="store", every=32, tolerance=1e-3, trials=10):
         super().__init__()
         if backward not in BACKWARDS:
             raise ValueError(f"InvertibleSequence: backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
@@ -47,10 +49,11 @@ class InvertibleSequence(nn.Module):
             raise TypeError(f'InvertibleSequence: backward="invert" needs a float32 or float64 stream, got {x.dtype}')
         if self.backward == "store" or not torch.is_grad_enabled():
             return _run(self.layers, x, log_det, context)
+        measured = self.backward == "invert" and self._measures()
         for layers in self._segments():
             if self.backward == "invert" and all(getattr(layer, "safe_inverse", False) for layer in layers):
                 parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
-                x, log_det = _Inverted.apply(self, layers, x, log_det, context, *parameters)
+                x, log_det = _Inverted.apply(self, layers, measured, x, log_det, context, *parameters)
             else:
                 x, log_det = _checkpointed(layers, x, log_det, context)
         return x, log_det
@@ -58,8 +61,9 @@ class InvertibleSequence(nn.Module):
     def inverse(self, y, log_det=None, context=None):
         """(x, log_det): the way back, with the log-determinant of that map."""
         log_det = y.new_zeros(len(y), dtype=torch.promote_types(y.dtype, torch.float32)) if log_det is None else log_det
+        prepared = ActNormConv1x1.prepare(self.layers, inverse=True)
         for layer in reversed(self.layers):
-            y, log_det = layer.inverse(y, log_det, context)
+            y, log_det = layer.inverse(y, log_det, context, **prepared.get(layer, {}))
         return y, log_det
 
     def _segments(self):
@@ -82,9 +86,21 @@ class InvertibleSequence(nn.Module):
 
 
 def _run(layers, x, log_det, context):
+    _settle(layers, x, context)
+    prepared = ActNormConv1x1.prepare(layers)
     for layer in layers:
-        x, log_det = layer(x, log_det, context)
+        x, log_det = layer(x, log_det, context, **prepared.get(layer, {}))
     return x, log_det
+
+
+def _settle(layers, x, context):
+    """Let the first batch set the actnorms whose weights will be prepared, so that this pass is like the later ones: a checkpoint
+    around the layers needs both of its runs alike."""
+    if all(layer.norm.settled() for layer in layers if isinstance(layer, ActNormConv1x1)):
+        return
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        for layer in layers:
+            x, _ = layer(x, None, context)
 
 
 def _checkpointed(layers, x, log_det, context):
@@ -97,13 +113,14 @@ class _Inverted(torch.autograd.Function):
     """A run of layers that keeps its input and its output."""
 
     @staticmethod
-    def forward(ctx, sequence, layers, x, log_det, context, *parameters):
+    def forward(ctx, sequence, layers, measured, x, log_det, context, *parameters):
         ctx.sequence, ctx.layers, ctx.draws = sequence, layers, []
+        ctx.measured, ctx.every = measured, sequence.every
         ctx.autocast = _autocast(x.device.type)
-        y = x
+        y, prepared = x, ActNormConv1x1.prepare(layers)
         for layer in layers:
             before = _random_state(x.device)
-            y, log_det = layer(y, log_det, context)
+            y, log_det = layer(y, log_det, context, **prepared.get(layer, {}))
             ctx.draws.append(before if _drew(before, x.device) else None)
         ctx.save_for_backward(x, y, context, *parameters)
         return y, log_det
@@ -114,11 +131,19 @@ class _Inverted(torch.autograd.Function):
         start, y, context, *parameters = ctx.saved_tensors
         sequence, x, sums = ctx.sequence, y, dict.fromkeys(parameters)
         grad_output, grad_context = grad, None
+        with torch.enable_grad():
+            prepared, whole = ActNormConv1x1.prepare(ctx.layers), {}  # the weights of all layers; of each leaf the one with the graph
+        inverses = ActNormConv1x1.prepare(ctx.layers, inverse=True)
         for layer, draws in zip(reversed(ctx.layers), reversed(ctx.draws), strict=True):
-            mine = [p for p in layer.parameters() if p.requires_grad]
+            mine, options = [p for p in layer.parameters() if p.requires_grad], {}
+            if layer in prepared:
+                leaves = [w.detach().requires_grad_(w.requires_grad) for w in prepared[layer]["prepared"]]
+                whole.update(zip(leaves, prepared[layer]["prepared"], strict=True))
+                mine, options = [leaf for leaf in leaves if leaf.requires_grad], {"prepared": leaves}
+                sums.update(dict.fromkeys(mine))
             with _replayed(draws, x.device), ctx.autocast(), torch.enable_grad():
                 condition = context if context is None else context.detach().requires_grad_(context.requires_grad)
-                x, inputs, out, log_det = _retraced(layer, x, condition)
+                x, inputs, out, log_det = _retraced(layer, x, condition, inverses.get(layer, {}), options)
                 wanted = [*inputs, *mine, *([condition] if condition is not None and condition.requires_grad else [])]
                 pairs = [(o, g) for o, g in ((out, grad), (log_det, grad_log_det)) if o.requires_grad]
                 found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
@@ -127,24 +152,29 @@ class _Inverted(torch.autograd.Function):
                 sums[p] = g if sums[p] is None else sums[p] if g is None else sums[p] + g
             if len(wanted) > len(inputs) + len(mine) and found[-1] is not None:
                 grad_context = found[-1] if grad_context is None else grad_context + found[-1]
-        if sequence._measures():
+        pairs = [(w, g) for leaf, w in whole.items() if (g := sums.pop(leaf, None)) is not None]
+        if pairs:
+            weights, gradients = zip(*pairs, strict=True)
+            theirs = [p for layer in prepared for p in layer.parameters() if p.requires_grad]
+            sums.update(zip(theirs, torch.autograd.grad(weights, theirs, gradients, allow_unused=True), strict=True))
+        if ctx.measured:
             error = float((x - start).abs().amax() / start.abs().amax().clamp(min=1e-30)) if x.numel() else 0.0
             error = math.inf if math.isnan(error) else error
             sequence.reconstruction_error = max(sequence.reconstruction_error, error)
             if not error <= sequence.tolerance:
-                _fall_back(sequence, error)
+                _fall_back(sequence, ctx.every, error)
                 return _recomputed(ctx, start, context, parameters, grad_output, grad_log_det)
-        return None, None, grad, grad_log_det, grad_context, *sums.values()
+        return None, None, None, grad, grad_log_det, grad_context, *sums.values()
 
 
-def _retraced(layer, y, context):
+def _retraced(layer, y, context, inverse, options):
     """(x, the leaves it was made of, y again, log_det): the input of a layer from its output, and the layer's graph."""
     if hasattr(layer, "retrace"):  # a coupling runs its network once for both
         return layer.retrace(y, context)
     with torch.no_grad():
-        x, _ = layer.inverse(y, y.new_zeros(len(y)), context)
+        x, _ = layer.inverse(y, y.new_zeros(len(y)), context, **inverse)
     x.requires_grad_()
-    out, log_det = layer(x, y.new_zeros(len(y)), context)
+    out, log_det = layer(x, y.new_zeros(len(y)), context, **options)
     return x.detach(), [x], out, log_det
 
 
@@ -154,11 +184,19 @@ def _joined(grads, inputs):
     return grads[0] if len(grads) == 1 else torch.cat(grads, 1)
 
 
-def _fall_back(sequence, error):
-    sequence.backward = "checkpoint"
+def _fall_back(sequence, every, error):
+    """Keep more: once for a pass, which ran with `every`."""
+    if sequence.backward != "invert" or sequence.every != every:
+        return
+    if every >= 4:
+        sequence.every = every // 2
+        then = f"it goes on with the input of every {sequence.every}th layer"
+    else:
+        sequence.backward = "checkpoint"
+        then = "it goes on with checkpoints"
     warnings.warn(
         f"InvertibleSequence: inputs computed back differ by {error:.1e} of the largest element, more than {sequence.tolerance:.0e}; "
-        "it goes on with checkpoints, which need more memory (smaller scales or a smaller `every` help)",
+        f"{then}, which needs more memory (smaller scales help)",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -174,7 +212,7 @@ def _recomputed(ctx, start, context, parameters, grad, grad_log_det):
         pairs = [(o, g) for o, g in ((out, grad), (log_det, grad_log_det)) if o.requires_grad]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
     rest = found[-len(parameters) :] if parameters else ()
-    return None, None, found[0], grad_log_det, found[1] if len(found) > 1 + len(parameters) else None, *rest
+    return None, None, None, found[0], grad_log_det, found[1] if len(found) > 1 + len(parameters) else None, *rest
 
 
 # ---- the state of random numbers and of autocast, for the second run of a network

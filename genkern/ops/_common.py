@@ -1,5 +1,7 @@
 """What ops of every family share: data types, and argument checks in words a user understands."""
 
+import numbers
+
 import torch
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -38,10 +40,16 @@ def same_precision(tensors):
 # ---- argument checks: "op: what must hold, got what"
 
 
-def check_float(op, name, x, dims=None):
-    """x is a floating-point tensor, of `dims` dimensions if given (an int, or a tuple of the possible numbers)."""
+def check_tensor(op, name, x, dtype=None):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {str(dtype).removeprefix('torch.')}, got {x.dtype}")
+
+
+def check_float(op, name, x, dims=None):
+    """x is a floating-point tensor, of `dims` dimensions if given (an int, or a tuple of the possible numbers)."""
+    check_tensor(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be floating point (float32, float64, bfloat16, float16), got {x.dtype}")
     if dims is not None and x.dim() not in (dims if isinstance(dims, tuple) else (dims,)):
@@ -69,6 +77,12 @@ def check_device(op, name, x, other_name, other):
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, got {other.device} and {x.device}")
 
 
+def check_number(op, name, value):
+    """value is an int or a float (also numpy's), no text and no tensor; its range is the caller's to check."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def check_choice(op, name, value, choices):
-    if value not in choices:
+    if value not in tuple(choices):
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -68,9 +68,17 @@ def test_weights_of_a_level_in_one_batch_with_actnorm_folded_in():
         y, got = invertible_conv1x1(x, folded[k], bias[k], log_abs_det=log_abs_det[k])
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(got, log_det)
+    for rest in ((), (log_scale, shift)):
+        there, b, log_abs_det = plu_weight(*factors, *rest)
+        back, c, negative = plu_weight(*factors, *rest, inverse=True)
+        torch.testing.assert_close(back @ there, torch.eye(4, dtype=torch.float64).expand(5, 4, 4))
+        torch.testing.assert_close(negative, -log_abs_det)
+        if rest:
+            torch.testing.assert_close((back @ b[..., None])[..., 0], -c)
     leaves = [f.detach().requires_grad_() for f in (*factors[1:3], factors[4], log_scale, shift)]
-    function = lambda lower, upper, *rest: plu_weight(factors[0], lower, upper, factors[3], *rest)
-    assert torch.autograd.gradcheck(function, leaves)
+    for inverse in (False, True):
+        function = lambda lower, upper, *rest, i=inverse: plu_weight(factors[0], lower, upper, factors[3], *rest, inverse=i)
+        assert torch.autograd.gradcheck(function, leaves)
 
 
 def test_squeeze():

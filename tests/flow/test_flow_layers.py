@@ -13,6 +13,7 @@ import genkern
 from genkern.nn import (
     MADE,
     ActNorm,
+    ActNormConv1x1,
     AdditiveCoupling,
     AffineCoupling,
     Flip,
@@ -40,12 +41,13 @@ def couplings(count, n=6, dropout=0.0, scale=0.3, spline=False):
     torch.manual_seed(0)
     layers = []
     for i in range(count):
-        layers += [ActNorm(n), InvertibleConv1x1(n, plu=i % 2 == 0)]
+        layers += [ActNormConv1x1(n)] if i % 2 == 0 else [ActNorm(n), InvertibleConv1x1(n, plu=i % 4 == 1)]
         if i % 3 == 2:
             layers.append(AdditiveCoupling(Net(n // 2, n // 2, dropout=dropout, scale=scale), n))
         elif i % 3 == 1:
             mask = torch.arange(n) % 2 == 0
-            layers.append(AffineCoupling(Net(n, 2 * n, dropout=dropout, scale=scale), n, mask=mask, scale="tanh"))
+            network = Net(n, 2 * n, dropout=dropout, scale=scale)
+            layers.append(AffineCoupling(network, n, mask=mask, scale="tanh", learned_limit=True))
         else:
             layers.append(AffineCoupling(Net(n // 2, n, dropout=dropout, scale=scale), n))
         if spline and i == 1:
@@ -103,7 +105,7 @@ def test_only_safe_layers_are_inverted():
     calls = []
     for layer in layers:
         inverse = layer.inverse
-        layer.inverse = lambda *a, layer=layer, inverse=inverse: calls.append(type(layer)) or inverse(*a)
+        layer.inverse = lambda *a, layer=layer, inverse=inverse, **o: calls.append(type(layer)) or inverse(*a, **o)
     sequence = InvertibleSequence(layers, backward="invert", every=3)
     y, log_det = sequence(torch.randn(8, 6, requires_grad=True))
     (y.sum() + log_det.sum()).backward()
@@ -112,14 +114,27 @@ def test_only_safe_layers_are_inverted():
 
 def test_garbage_is_measured_and_not_trained_on():
     """Scales that the inverse cannot undo in float32: the gradients are right all the same, and a warning says what happens next."""
-    with pytest.warns(RuntimeWarning, match="goes on with checkpoints"):
-        sequence, got = gradients("invert", count=24, scale=6.0, every=200)
-    assert sequence.backward == "checkpoint" and sequence.reconstruction_error > sequence.tolerance
-    _, wanted = gradients("store", count=24, scale=6.0)
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=float(other.detach().abs().max()) * 1e-4)
+    wanted = gradients("store", count=24, scale=6.0)[1]
+    for every, says in ((200, "every 100th layer"), (2, "goes on with checkpoints")):
+        with pytest.warns(RuntimeWarning, match=says) as found:
+            sequence, got = gradients("invert", count=24, scale=6.0 if every > 2 else 60.0, every=every)
+        assert len(found) == 1 and sequence.reconstruction_error > sequence.tolerance
+        if every > 2:
+            for one, other in zip(got, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=float(other.detach().abs().max()) * 1e-4)
+    assert sequence.backward == "checkpoint"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        sequence(torch.randn(4, 6, requires_grad=True))[0].sum().backward()
+
+
+def test_every_segment_of_a_pass_is_measured():
+    class Liar(Flip):
+        def inverse(self, y, log_det=None, context=None):
+            return 2 * y.flip(1), log_det
+
+    sequence = InvertibleSequence([Liar(), *(Flip() for _ in range(15))], backward="invert", every=1, trials=1)
+    with pytest.warns(RuntimeWarning, match="goes on with checkpoints"):
         sequence(torch.randn(4, 6, requires_grad=True))[0].sum().backward()
 
 
@@ -181,6 +196,70 @@ def test_actnorm_is_initialised_once_by_the_first_training_batch():
         assert torch.equal(other.state_dict()[name], value), name
     one, _ = ActNorm(2).train()(torch.randn(1, 2))
     assert one.isfinite().all()
+
+
+def test_actnorm_and_convolution_in_one_product():
+    torch.manual_seed(0)
+    one = ActNormConv1x1(6).double()
+    x, start = 3 * torch.randn(16, 6, 2, 2, dtype=torch.float64) + 1, torch.randn(16, dtype=torch.float64)
+    y, log_det = one(x, start)  # the first batch sets the actnorm
+    assert one.norm.initialized and one.state_dict().keys() >= {"norm.log_scale", "norm.shift", "conv.lower"}
+    wanted, total = one.conv(*one.norm(x, start))
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(log_det, total)
+    back, rest = one.inverse(y, log_det)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(rest, start)
+    parameters = list(one.parameters())
+    loss = lambda y, log_det: (y.sin().sum() + log_det.sum(),)
+    got, right = (torch.autograd.grad(loss(*pair), parameters) for pair in ((y, log_det), (wanted, total)))
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_weights_of_a_sequence_are_prepared_in_one_batch(monkeypatch):
+    torch.manual_seed(0)
+    sequence = InvertibleSequence([layer for _ in range(3) for layer in (ActNormConv1x1(4), Flip())]).double()
+    x = torch.randn(7, 4, 2, 2, dtype=torch.float64)
+    sequence(x)  # the first batch
+    y, log_det = x, None
+    for layer in sequence.layers:
+        y, log_det = layer(y, log_det)
+    calls, plu_weight = [], genkern.ops.plu_weight
+    monkeypatch.setattr(genkern.ops, "plu_weight", lambda *a, **options: calls.append(a[0].shape) or plu_weight(*a, **options))
+    got = sequence(x)
+    back, rest = sequence.inverse(*got)
+    assert calls == [(3, 4, 4)] * 2
+    for one, other in zip((*got, back, rest), (y, log_det, x, torch.zeros_like(rest)), strict=True):
+        torch.testing.assert_close(one, other)
+    wanted = torch.autograd.grad(y.sin().sum() + log_det.sum(), list(sequence.parameters()))
+    found = torch.autograd.grad(got[0].sin().sum() + got[1].sum(), list(sequence.parameters()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_checkpoint_around_a_sequence_at_its_first_batch():
+    from torch.utils.checkpoint import checkpoint
+
+    sequence = InvertibleSequence(couplings(3, dropout=0.3))
+    y, log_det = checkpoint(sequence, torch.randn(8, 6, requires_grad=True), use_reentrant=False)
+    (y.sum() + log_det.sum()).backward()
+    assert all(p.grad is not None for p in sequence.parameters())
+
+
+def test_the_limit_of_tanh_is_learned():
+    layer = AffineCoupling(lambda seen, context: torch.cat([seen, 3 * seen], 1), 4, scale="tanh", limit=1.5, learned_limit=True)
+    x = torch.randn(5, 4, 3, requires_grad=True)
+    with torch.no_grad():
+        layer.limit[1] = -0.25
+    y, log_det = layer(x)
+    log_s = layer.limit[:, None] * torch.tanh(3 * x[:, :2])
+    torch.testing.assert_close(y[:, 2:], x[:, 2:] * log_s.exp() + x[:, :2])
+    torch.testing.assert_close(log_det, log_s.sum((1, 2)))
+    log_det.sum().backward()
+    torch.testing.assert_close(layer.limit.grad, torch.tanh(3 * x[:, :2]).sum((0, 2)))
+    with pytest.raises(ValueError, match="learned_limit"):
+        AffineCoupling(nn.Identity(), 4, scale="exp", learned_limit=True)
 
 
 def test_actnorm_sees_the_batches_of_all_processes():

@@ -37,7 +37,7 @@ KINDS = {
     "spline-autoregressive": (NeuralSplineFlow, NeuralSplineFlowConfig(**POINT, width=16, steps=2, autoregressive=True)),
     "maf": (MAF, MAFConfig(**IMAGE, hidden=(24, 24), steps=2)),
     "maf-points": (MAF, MAFConfig(**POINT, hidden=(16,), steps=2, classes=3)),
-    "iaf-points": (IAF, IAFConfig(**POINT, hidden=(16, 16))),
+    "iaf-points": (IAF, IAFConfig(**POINT, hidden=(16, 16), classes=3)),
 }
 ALL = pytest.mark.parametrize("name", KINDS)
 
@@ -204,6 +204,18 @@ def test_wrong_inputs_are_refused_in_words(change, error, words):
         make("glow").encode(change(x))
 
 
+@ALL
+def test_no_inputs_and_other_floating_types(name):
+    model = make(name)
+    assert model.sample(0, **labels(model, 0)).shape == (0, *model.config.shape)
+    assert model.log_prob(data(model)[:0], **labels(model, 0)).shape == (0,)
+    x, condition = data(model), labels(model)
+    wanted = model.log_prob(x, **condition)
+    torch.testing.assert_close(model.log_prob(x.double(), **condition), wanted)  # as numpy has them
+    narrow = x.bfloat16()
+    torch.testing.assert_close(model.log_prob(narrow, **condition), model.log_prob(narrow.float(), **condition))
+
+
 def test_wrong_settings_are_refused_in_words():
     for kind, config, words in (
         (Glow, GlowConfig(shape=(1, 6, 6)), "multiples of 2"),
@@ -212,9 +224,12 @@ def test_wrong_settings_are_refused_in_words():
         (NICE, NICEConfig(base="cauchy"), "logistic"),
         (RealNVP, RealNVPConfig(shape=(1,)), "at least 2"),
         (MAF, MAFConfig(transform="log"), "center, logit"),
+        (MAF, MAFConfig(shape=2), "shape must be"),
     ):
         with pytest.raises(ValueError, match=words):
             kind(config)
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        make("glow").log_prob(torch.zeros(1, 1, 4, 4), samples=0)
     model = make("glow-classes")
     with pytest.raises(ValueError, match=r"0\.\.2, got 3\.\.3"):
         model.sample(2, labels=3)

@@ -44,7 +44,7 @@ class FlowModel(Model):
     def __init__(self, config):
         super().__init__(config)
         c, name = config, type(self).__name__
-        if len(c.shape) not in (1, 3) or min(c.shape) < 1:
+        if not isinstance(c.shape, (tuple, list)) or len(c.shape) not in (1, 3) or min(c.shape) < 1:
             raise ValueError(f"{name}: shape must be (channels, height, width) or (features,), got {c.shape}")
         if c.levels is not None and not 1 <= c.levels <= 255:
             raise ValueError(f"{name}: levels must be in 1..255 or None, got {c.levels}")
@@ -86,6 +86,8 @@ class FlowModel(Model):
     def log_prob(self, x, *, labels=None, samples=1, key=None, generator=None):
         """(N,) in nats: of float inputs the log-density; of uint8 inputs the dequantization bound of the log-probability, with
         samples > 1 the tighter importance-weighted one (the logarithm of the mean over as many draws of u)."""
+        if samples < 1:
+            raise ValueError(f"{type(self).__name__}: samples must be at least 1, got {samples}")
         key = random.draw_key(generator, x.device) if key is None else key
         keys = [key] if samples == 1 else random.split(key, samples).unbind(-2)
         found = []
@@ -195,6 +197,7 @@ class FlowModel(Model):
         if not x.is_floating_point():
             wanted = "float" if c.levels is None else f"uint8 in 0..{c.levels} or float"
             raise TypeError(f"{name}: inputs must be {wanted}, got {x.dtype}")
+        x = x.to(self._dtype())  # numpy's points are float64; a stream of half precision could not be inverted
         if not self.bounded:
             return x, x.new_zeros(len(x))
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (x.detach().abs() <= 1).all():

@@ -16,7 +16,15 @@ from torch import nn
 from genkern.models._base import Training
 from genkern.models.flow._flow import FlowConfig, FlowModel
 from genkern.models.flow.networks import Constants, ConvNet, ZeroConv
-from genkern.nn import ActNorm, AdditiveCoupling, AffineCoupling, InvertibleConv1x1, InvertibleSequence, Squeeze
+from genkern.nn import (
+    ActNorm,
+    ActNormConv1x1,
+    AdditiveCoupling,
+    AffineCoupling,
+    InvertibleConv1x1,
+    InvertibleSequence,
+    Squeeze,
+)  # fmt: skip
 
 
 @dataclass
@@ -53,7 +61,8 @@ class Glow(FlowModel):
             size = (height, width) if c.positions else None
             layers = [Squeeze()]
             for _ in range(c.steps):
-                layers += [ActNorm(channels), InvertibleConv1x1(channels, c.plu), self._coupling(channels, size)]
+                layers += [ActNormConv1x1(channels)] if c.plu else [ActNorm(channels), InvertibleConv1x1(channels, plu=False)]
+                layers.append(self._coupling(channels, size))
             layers.append(learned_prior(channels, self.context, size, last=level + 1 == c.scales))
             self.levels.append(InvertibleSequence(layers, backward=c.backward))
             channels -= channels // 2

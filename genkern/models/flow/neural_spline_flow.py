@@ -13,7 +13,7 @@ from genkern.models._base import Training
 from genkern.models.flow._flow import FlowConfig, FlowModel
 from genkern.models.flow.glow import check_images, learned_prior
 from genkern.models.flow.networks import MLP, ConvNet
-from genkern.nn import ActNorm, InvertibleConv1x1, InvertibleSequence, MaskedAutoregressive, SplineCoupling, Squeeze
+from genkern.nn import ActNorm, ActNormConv1x1, InvertibleSequence, MaskedAutoregressive, SplineCoupling, Squeeze
 
 
 @dataclass
@@ -44,7 +44,7 @@ class NeuralSplineFlow(FlowModel):
             if n < 2 and not c.autoregressive:
                 raise ValueError(f"NeuralSplineFlow: couplings need at least 2 features, got {n}")
             for _ in range(c.steps):
-                layers += [ActNorm(n), InvertibleConv1x1(n)]
+                layers.append(ActNormConv1x1(n))
                 if c.autoregressive:
                     layers.append(MaskedAutoregressive(n, (c.width,) * c.depth, self.context, **options))
                 else:
@@ -61,7 +61,7 @@ class NeuralSplineFlow(FlowModel):
             for _ in range(c.steps):
                 kept = channels // 2
                 network = ConvNet(kept, (channels - kept) * (3 * c.bins - 1), c.width, self.context, size)
-                layers += [ActNorm(channels), InvertibleConv1x1(channels), SplineCoupling(network, channels, **options)]
+                layers += [ActNormConv1x1(channels), SplineCoupling(network, channels, **options)]
             layers.append(learned_prior(channels, self.context, size, last=level + 1 == c.scales))
             self.levels.append(InvertibleSequence(layers, backward=c.backward))
             channels -= channels // 2

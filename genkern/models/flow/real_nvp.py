@@ -14,6 +14,8 @@ from genkern.models.flow._flow import FlowConfig, FlowModel
 from genkern.models.flow.networks import MLP, ResidualConvNet
 from genkern.nn import ActNorm, AffineCoupling, Flip, InvertibleSequence, Squeeze
 
+SCALE = {"scale": "tanh", "learned_limit": True}
+
 
 @dataclass
 class RealNVPConfig(FlowConfig):
@@ -25,8 +27,9 @@ class RealNVPConfig(FlowConfig):
 
 
 class RealNVP(FlowModel):
-    """RealNVP(RealNVPConfig(shape=(1, 8, 8), levels=16)): images, or points with at least 2 features. s = exp(2 tanh(u)), and an
-    actnorm before each coupling where the paper has batch normalization: it works on any batch and is the same in evaluation."""
+    """RealNVP(RealNVPConfig(shape=(1, 8, 8), levels=16)): images, or points with at least 2 features. s = exp(l tanh(u)), l
+    learned, one per changed channel, and an actnorm before each coupling where the paper has batch normalization: it works on any batch
+    and is the same in evaluation."""
 
     Config = RealNVPConfig
     defaults = Training(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", clip_grad_norm=100.0, ema=0.99)
@@ -61,14 +64,14 @@ class RealNVP(FlowModel):
         network = ResidualConvNet(
             channels, 2 * channels, self.config.width, self.config.blocks, self.context, self._size(height, width)
         )
-        return ActNorm(channels), AffineCoupling(network, channels, mask=mask.expand(channels, -1, -1), scale="tanh")
+        return ActNorm(channels), AffineCoupling(network, channels, mask=mask.expand(channels, -1, -1), **SCALE)
 
     def _halves(self, channels, height, width):
         kept = channels // 2
         network = ResidualConvNet(
             kept, 2 * (channels - kept), self.config.width, self.config.blocks, self.context, self._size(height, width)
         )
-        return AffineCoupling(network, channels, scale="tanh")
+        return AffineCoupling(network, channels, **SCALE)
 
     def _size(self, height, width):
         return (height, width) if self.config.positions else None
@@ -80,5 +83,5 @@ class RealNVP(FlowModel):
         layers = []
         for _ in range(c.couplings):
             network = MLP(n // 2, 2 * (n - n // 2), c.width, c.blocks, self.context)
-            layers += [ActNorm(n), AffineCoupling(network, n, scale="tanh"), Flip()]
+            layers += [ActNorm(n), AffineCoupling(network, n, **SCALE), Flip()]
         return [*layers, ActNorm(n)]

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op, implements
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, same_precision
+from genkern.ops._common import (
+    check_choice,
+    check_device,
+    check_float,
+    check_shape,
+    check_tensor,
+    in_working_type,
+    promoted,
+    same_precision,
+)
 from genkern.testing._case import Case
 
 
@@ -46,7 +55,8 @@ def causal_conv1d(
     however x is cut into pieces that hand on their state, in any batch and for any number of threads.
     """
     _check("causal_conv1d", x, weight, bias, dilation, activation)
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
+    fits = lambda channels: channels >= groups and channels % groups == 0
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or not fits(x.shape[1]) or not fits(weight.shape[0]):
         raise ValueError(
             f"causal_conv1d: groups must divide the channels of x and weight, got {groups} for {x.shape[1]} and {weight.shape[0]}"
         )
@@ -61,8 +71,7 @@ def causal_conv1d(
         check_shape("causal_conv1d", "initial_state", initial_state, (*x.shape[:2], past), "(N, C, (K - 1) dilation)")
         check_device("causal_conv1d", "initial_state", initial_state, "x", x)
     if seq_idx is not None:
-        if seq_idx.dtype != torch.int32:
-            raise TypeError(f"causal_conv1d: seq_idx must be int32, got {seq_idx.dtype}")
+        check_tensor("causal_conv1d", "seq_idx", seq_idx, torch.int32)
         check_shape("causal_conv1d", "seq_idx", seq_idx, (x.shape[0], x.shape[2]), "(N, L)")
         check_device("causal_conv1d", "seq_idx", seq_idx, "x", x)
     x, weight, bias, initial_state = same_precision((x, weight, bias, initial_state))
@@ -86,11 +95,13 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
                     as in causal_conv1d, weight (C, 1, K) or (C, K)
     state_indices   (N,) int32: the slot of each request, no slot twice; a negative index is an empty request: zeros are returned
 
-    Returns y of the shape of x. In float32 on the CPU its bits are those of causal_conv1d at that position, in any batch and for any
-    number of steps per call. There is no gradient: use causal_conv1d with initial_state.
+    Returns y of the shape of x, in the promoted type of x, weight and bias. In float32 on the CPU its bits are those of causal_conv1d
+    at that position, in any batch and for any number of steps per call. float32, float64, bfloat16, float16, also mixed. TypeError,
+    ValueError on anything else. There is no gradient (ValueError where one is asked for): use causal_conv1d with initial_state.
     """
     op = "causal_conv1d_update"
     check_float(op, "x", x, (2, 3))
+    check_float(op, "weight", weight, (2, 3))
     if weight.dim() == 2:
         weight = weight[:, None]
     steps = x if x.dim() == 3 else x[..., None]
@@ -106,8 +117,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
         )
     check_device(op, "state", state, "x", x)
     if state_indices is not None:
-        if state_indices.dtype != torch.int32:
-            raise TypeError(f"{op}: state_indices must be int32, got {state_indices.dtype}")
+        check_tensor(op, "state_indices", state_indices, torch.int32)
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
         check_device(op, "state_indices", state_indices, "x", x)
         readable = state_indices.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would synchronise
@@ -115,7 +125,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             raise ValueError(f"{op}: state_indices must be below the number of slots {slots}, got {int(state_indices.max())}")
         state_indices = state_indices.contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
-        raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
+        raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
     weight, bias, steps, wide = same_precision((weight, bias, steps, state))
     weight = weight.reshape(weight.shape[0], -1).contiguous()
     y = _update(steps, wide, weight, None if bias is None else bias.contiguous(), state_indices, dilation, activation == "silu")

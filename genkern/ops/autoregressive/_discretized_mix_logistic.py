@@ -6,7 +6,16 @@ import torch
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, same_precision, working_type
+from genkern.ops._common import (
+    check_choice,
+    check_device,
+    check_float,
+    check_number,
+    check_shape,
+    in_working_type,
+    same_precision,
+    working_type,
+)
 from genkern.testing._case import Case
 
 
@@ -43,6 +52,7 @@ def discretized_mix_logistic_nll(x, params, *, mode="exact", levels=256, min_log
         raise ValueError(f"{op}: x is data and has no gradient: detach it")
     check_choice(op, "mode", mode, ("exact", "openai"))
     _check_levels(op, levels)
+    check_number(op, "min_log_scale", min_log_scale)
     x, params = same_precision((x, params))
     return _nll(x, params, levels, float(min_log_scale), mode == "openai")
 
@@ -55,7 +65,8 @@ def discretized_mix_logistic_sample(
     The indicator is drawn by Gumbel noise, then each colour by the logistic quantile m + s (log u - log(1 - u)); a colour is clamped
     to [-1, 1] before the next depends on it. u is clamped to [1e-5, 1 - 1e-5], as published.
 
-    params          as above
+    params, min_log_scale
+                    as in discretized_mix_logistic_nll; channels says whether params are of three colours or of one channel
     temperature     divides the mixture's logits and multiplies the scales
     levels          None: not rounded, as published. A number: each colour is rounded to one of so many levels before the next depends
                     on it, which makes the draw one of the discretised distribution itself
@@ -67,6 +78,8 @@ def discretized_mix_logistic_sample(
     op = "discretized_mix_logistic_sample"
     check_float(op, "params", params)
     check_choice(op, "channels", channels, (1, 3))
+    for name, value in (("temperature", temperature), ("min_log_scale", min_log_scale)):
+        check_number(op, name, value)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
     if levels is not None:
@@ -74,11 +87,12 @@ def discretized_mix_logistic_sample(
     k = _mixtures(op, params, channels)
     shape = (params.shape[0], k + channels, *params.shape[2:])
     if uniforms is None:
-        key = random.draw_key(generator, params.device) if key is None else key
-        uniforms = random.uniform(key, shape, dtype=working_type(params), device=params.device)
+        uniforms = random.uniform(random.key_for(op, key, generator, params), shape, dtype=working_type(params), device=params.device)
     elif key is not None or generator is not None:
         raise ValueError(f"{op}: give one of key, generator and uniforms")
+    check_float(op, "uniforms", uniforms)
     check_shape(op, "uniforms", uniforms, shape, "(N, K + channels, ...)")
+    check_device(op, "uniforms", uniforms, "params", params)
     params, u = in_working_type(params.detach(), uniforms)[0], uniforms.to(working_type(params)).clamp(1e-5, 1 - 1e-5)
     logits, means, log_scales, coefficients = _split(params, channels, k)
     chosen = (logits / temperature - torch.log(-torch.log(u[:, :k]))).argmax(1, keepdim=True)
@@ -99,18 +113,21 @@ def discretized_mix_logistic_sample(
 def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=256, min_log_scale=-7.0):
     """P(level <= i | the colours before) of that mixture, for an entropy coder: (N, levels, ...), never falling, 1 at the last level.
 
-    params          as above
+    params, channels
+                    as in discretized_mix_logistic_sample
     previous        (N, c, ...) in [-1, 1]: the c colours of each pixel that are decided, for the distribution of colour number c. They
                     move its mean and, by Bayes' rule, the weights of the mixtures. None: of the first colour
     levels, min_log_scale
-                    as above; the differences are the probabilities of mode "exact"
+                    as in discretized_mix_logistic_nll; the differences are the probabilities of mode "exact"
 
-    Returns float32 (float64 if params or previous are). In plain torch on every device.
+    float32, float64, bfloat16, float16. Returns float32 (float64 if params or previous are). TypeError, ValueError on anything else.
+    In plain torch on every device.
     """
     op = "discretized_mix_logistic_cdf"
     check_float(op, "params", params)
     check_choice(op, "channels", channels, (1, 3))
     _check_levels(op, levels)
+    check_number(op, "min_log_scale", min_log_scale)
     k = _mixtures(op, params, channels)
     if previous is None:
         previous = params.new_zeros(params.shape[0], 0, *params.shape[2:])
@@ -119,6 +136,7 @@ def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=25
     if color >= channels:
         raise ValueError(f"{op}: previous must hold at most {channels - 1} of {channels} channels, got {tuple(previous.shape)}")
     check_shape(op, "previous", previous, (params.shape[0], color, *params.shape[2:]))
+    check_device(op, "previous", previous, "params", params)
     params, previous = in_working_type(params, previous)
     logits, means, log_scales, coefficients = _split(params, channels, k)
     logits = logits.log_softmax(1)

@@ -16,6 +16,7 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
     x           (N, C, H, W)
     weight      (C_out, C, K_h, K_w), odd sizes; what lies under the mask is ignored and has gradient zero
     bias        (C_out,) or None
+    mask_type   "A" in the first layer of a model, "B" in those after it
     colors      3 orders R, G, B; C and C_out must be divisible by it
     layout      which channels are of one colour. "grouped": neighbours, C / colors of them; "interleaved": channel i is of colour
                 i % colors

@@ -7,7 +7,7 @@ import torch
 from genkern import random
 from genkern.core import Op
 from genkern.core._op import transforming
-from genkern.ops._common import check_choice, check_device, check_float, check_shape
+from genkern.ops._common import check_choice, check_device, check_float, check_number, check_shape
 from genkern.testing._case import Case
 
 
@@ -54,6 +54,10 @@ def sample_tokens(
     n, tokens = logits.shape
     if tokens == 0:
         raise ValueError(f"{op}: logits must have at least one column, got shape {tuple(logits.shape)}")
+    given = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    for name, value in given.items():
+        if value is not None or name in ("temperature", "repetition_penalty"):
+            check_number(op, name, value)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"{op}: temperature must be non-negative and finite, got {temperature}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
@@ -86,6 +90,9 @@ def _penalised(op, logits, penalty, previous):
         raise ValueError(f"{op}: repetition_penalty needs previous, an int64 tensor (N, T), got {previous!r}")
     check_shape(op, "previous", previous, (logits.shape[0], previous.shape[1]), "(N, T)")
     check_device(op, "previous", previous, "logits", logits)
+    looked = previous.device.type == "cpu" and previous.numel() and not (torch.compiler.is_compiling() or transforming())
+    if looked and previous.max() >= logits.shape[1]:
+        raise ValueError(f"{op}: previous must hold tokens below {logits.shape[1]}, got {int(previous.max())}")
     index, given = previous.clamp(min=0), previous >= 0
     seen = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter_add_(1, index, given.float()) > 0
     logits = logits.float()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_float, check_like, same_precision, working_type
+from genkern.ops._common import check_choice, check_float, check_like, check_number, same_precision, working_type
 from genkern.ops.diffusion import _q_sample
 from genkern.ops.diffusion._q_sample import BENCH_SHAPES, SHAPES, TARGETS, per_sample
 from genkern.testing._case import Case
@@ -59,6 +59,8 @@ def denoising_loss(
     check_like(op, "prediction", prediction, name, other)
     check_choice(op, "target", target, TARGETS)
     check_choice(op, "weighting", weighting, (None, "min_snr", "p2", "edm"))
+    for argument, value in {"min_snr_gamma": min_snr_gamma, "p2_k": p2_k, "p2_gamma": p2_gamma, "sigma_data": sigma_data}.items():
+        check_number(op, argument, value)
     prediction, other = same_precision((prediction, other))
     if other.dim() < 1:
         raise ValueError(f"{op}: {name} must be (N, ...), got a scalar")

@@ -6,7 +6,7 @@ import torch
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_float, working_type
+from genkern.ops._common import check_choice, check_device, check_float, working_type
 from genkern.testing._case import Case
 
 # What a model predicts: (on_x0, sigma_on_x0, on_eps, alpha_on_eps) of
@@ -54,8 +54,15 @@ def coefficients(op, x0, timesteps, table):
         raise ValueError(f"{op}: table must be alphas_cumprod or a pair (alphas, sigmas), got {len(tables)} tensors")
     for t in tables:
         check_float(op, "table", t, dims=1)
+    for name, t in (("timesteps", timesteps), *(("table", t) for t in tables)):
+        if t.device.type == "meta":
+            check_device(op, name, t, "x0", x0)
     dtype, timesteps = working_type(x0), timesteps.to(x0.device)
-    first, *second = [t.detach().to(x0.device).to(dtype).index_select(0, timesteps) for t in tables]
+    try:
+        first, *second = [t.detach().to(x0.device).to(dtype).index_select(0, timesteps) for t in tables]
+    except IndexError:
+        length, low, high = min(map(len, tables)), int(timesteps.min()), int(timesteps.max())
+        raise IndexError(f"{op}: timesteps must be in 0 .. {length - 1}, the table's length, got {low} .. {high}") from None
     return (first, second[0]) if second else (first**0.5, (1 - first) ** 0.5)
 
 

@@ -6,7 +6,16 @@ import torch
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_device, check_float, check_like, check_shape, in_working_type, same_precision, working_type
+from genkern.ops._common import (
+    check_device,
+    check_float,
+    check_like,
+    check_number,
+    check_shape,
+    in_working_type,
+    same_precision,
+    working_type,
+)
 from genkern.ops.diffusion._sampler_step_moments import guidance_moments, guidance_weights
 from genkern.testing._case import Case
 
@@ -76,18 +85,19 @@ def sampler_step(
         draws, noise = True, None
     else:
         draws = False
-    clip = math.inf if clip is None else float(clip)
+    clip = math.inf if clip is None else clip
+    check_number("sampler_step", "clip", clip)
     if not clip > 0:
         raise ValueError(f"sampler_step: clip must be positive, got {clip}")
     steps = None
-    plain = moments is bound is None and not learned_variance
+    plain = moments is bound is max_norm is None and rescale == 0 and parallel == 1 and not learned_variance
     if plain and _plain(x, model_output, table, step, h1, h2, h3, noise, out, history_out, input_out):
         max_norm = math.inf
     else:
         _check_tensors(x, model_output, learned_variance, h1=h1, h2=h2, h3=h3, noise=noise)
         width = 13 + 2 * ((h1 is not None) + (h2 is not None) + (h3 is not None)) + 2 * learned_variance
-        steps, step = _check_step(table, step, x, width)
-        max_norm = _check_guidance("sampler_step", moments, model_output, x, rescale, max_norm)
+        steps, step = _check_step("sampler_step", table, step, x, width)
+        max_norm = _check_guidance("sampler_step", moments, model_output, x, rescale, parallel, max_norm)
         if bound is not None:
             check_float("sampler_step", "bound", bound)
             check_shape("sampler_step", "bound", bound, x.shape[:1], "(N,)")
@@ -115,8 +125,8 @@ def sampler_step(
             input_out = _new(like)
         outputs.append(input_out)
     _sampler_step(
-        x, model_output, table, steps, step, h1, h2, h3, noise, key, moments, bound, clip, float(rescale), float(parallel), max_norm,
-        learned_variance, out, history_out, input_out,
+        x, model_output, table, steps, step, h1, h2, h3, noise, key, moments, bound, float(clip), float(rescale), float(parallel),
+        max_norm, learned_variance, out, history_out, input_out,
     )  # fmt: skip
     if given:
         torch.autograd.graph.increment_version(given)
@@ -138,8 +148,10 @@ def dynamic_threshold(
         raise ValueError(f"{op}: x must have a leading sample dimension, got shape ()")
     check_float(op, "model_output", model_output)
     _check_model_output(op, model_output, x, model_output.dim() > 1 and x.dim() > 1 and model_output.shape[1] == 2 * x.shape[1])
-    steps, step = _check_step(table, step, x, None)
-    max_norm = _check_guidance(op, moments, model_output, x, rescale, max_norm)
+    steps, step = _check_step(op, table, step, x, None)
+    max_norm = _check_guidance(op, moments, model_output, x, rescale, parallel, max_norm)
+    check_number(op, "quantile", quantile)
+    check_number(op, "maximum", maximum)
     if not (0 <= quantile <= 1 and maximum >= 1):
         raise ValueError(f"{op}: quantile must be in [0, 1] and maximum at least 1, got {quantile} and {maximum}")
     x, model_output = (t.detach() for t in same_precision((x, model_output)))
@@ -183,7 +195,6 @@ def _check_tensors(x, model_output, learned_variance, **others):
     if x.dim() == 0:
         raise ValueError("sampler_step: x must have a leading sample dimension, got shape ()")
     check_float("sampler_step", "model_output", model_output)
-    check_device("sampler_step", "model_output", model_output, "x", x)
     _check_model_output("sampler_step", model_output, x, learned_variance)
     h1, h2, h3 = others["h1"], others["h2"], others["h3"]
     if (h1 is None and h2 is not None) or (h2 is None and h3 is not None):
@@ -212,9 +223,13 @@ def _check_model_output(op, model_output, x, learned_variance):
         raise ValueError(f"{op}: model_output must have the shape of x{twice}, or twice its samples, got {shapes}")
 
 
-def _check_guidance(op, moments, model_output, x, rescale, max_norm):
+def _check_guidance(op, moments, model_output, x, rescale, parallel, max_norm):
     """The largest norm as a number."""
+    for name, value in (("rescale", rescale), ("parallel", parallel), ("max_norm", 1.0 if max_norm is None else max_norm)):
+        check_number(op, name, value)
     if moments is None:
+        if rescale != 0 or parallel != 1 or max_norm is not None:
+            raise ValueError(f"{op}: rescale, parallel and max_norm need moments, those of guidance_moments(model_output)")
         return math.inf
     if model_output.shape[0] != 2 * x.shape[0]:
         raise ValueError(f"{op}: moments need a model_output of twice the samples of x, got {tuple(model_output.shape)}")
@@ -228,25 +243,25 @@ def _check_guidance(op, moments, model_output, x, rescale, max_norm):
     return math.inf if max_norm is None else float(max_norm)
 
 
-def _check_step(table, step, x, width):
+def _check_step(op, table, step, x, width):
     """(tensor of steps or None, int)."""
-    check_float("sampler_step", "table", table, 2)
+    check_float(op, "table", table, 2)
     if width is not None:
-        check_shape("sampler_step", "table", table, (table.shape[0], width), "(steps, 13 + 2 K)")
-    check_device("sampler_step", "table", table, "x", x)
+        check_shape(op, "table", table, (table.shape[0], width), "(steps, 13 + 2 K)")
+    check_device(op, "table", table, "x", x)
     if not isinstance(step, torch.Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-            raise TypeError(f"sampler_step: step must be an int or an int64 tensor, got {type(step).__name__}")
+            raise TypeError(f"{op}: step must be an int or an int64 tensor, got {type(step).__name__}")
         if not 0 <= step < table.shape[0]:
-            raise ValueError(f"sampler_step: step must be in [0, {table.shape[0]}), got {step}")
+            raise ValueError(f"{op}: step must be in [0, {table.shape[0]}), got {step}")
         return None, step
     if step.dtype != torch.int64 or (step.dim() and step.shape != x.shape[:1]):
-        raise ValueError(f"sampler_step: step must be int64 () or ({x.shape[0]},), got {step.dtype} {tuple(step.shape)}")
-    check_device("sampler_step", "step", step, "x", x)
+        raise ValueError(f"{op}: step must be int64 () or ({x.shape[0]},), got {step.dtype} {tuple(step.shape)}")
+    check_device(op, "step", step, "x", x)
     if step.device.type == "cpu" and step.numel() and not torch.compiler.is_compiling():
         low, high = (step.item(), step.item()) if step.dim() == 0 else (step.min().item(), step.max().item())
         if low < 0 or high >= table.shape[0]:
-            raise ValueError(f"sampler_step: step must be in [0, {table.shape[0]}), got {low} ... {high}")
+            raise ValueError(f"{op}: step must be in [0, {table.shape[0]}), got {low} ... {high}")
     return step.contiguous(), 0
 
 

@@ -30,12 +30,15 @@ def actnorm(x, log_scale, shift, *, inverse=False, log_det=None):
         check_device(_NAME, name, tensor, "x", x)
     dtype = promoted(x, log_scale, shift)
     x, log_scale, shift = in_working_type(x, log_scale, shift)
-    positions = x.shape[2:].numel()
-    own = (log_scale.sum() * (-positions if inverse else positions)).repeat(x.shape[0])
-    if log_det is not None:
+    positions = -x.shape[2:].numel() if inverse else x.shape[2:].numel()
+    own = log_scale.sum().expand(x.shape[0])
+    if log_det is None:
+        own = own * positions
+    else:
         check_float(_NAME, "log_det", log_det)
         check_shape(_NAME, "log_det", log_det, x.shape[:1], "(N,)")
-        own = log_det + own
+        check_device(_NAME, "log_det", log_det, "x", x)
+        own = torch.add(log_det, own, alpha=positions)
     over_channels = (-1, *[1] * (x.dim() - 2))
     log_scale, shift = log_scale.view(over_channels), shift.view(over_channels)
     y = (x - shift) * torch.exp(-log_scale) if inverse else (x * torch.exp(log_scale)).add_(shift)

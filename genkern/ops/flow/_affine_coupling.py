@@ -11,6 +11,7 @@ from genkern.ops._common import (
     check_choice,
     check_device,
     check_float,
+    check_number,
     check_shape,
     in_working_type,
     promoted,
@@ -62,9 +63,9 @@ def affine_coupling_(
     Arguments, types and errors as in affine_coupling; x must have the promoted type of x and params.
     """
     op = "affine_coupling_"
+    old, *args = _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
         raise ValueError(f"{op}: x is overwritten and the gradient would need it; use affine_coupling, or torch.no_grad()")
-    old, *args = _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
     if promoted(x, params) != x.dtype:
         raise TypeError(f"{op}: x must have the promoted type of x and params, got {x.dtype} and {params.dtype}")
     if _row_dense(x):
@@ -93,6 +94,9 @@ def _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, 
     if log_det is not None:
         check_float(op, "log_det", log_det)
         check_shape(op, "log_det", log_det, x.shape[:1], "(N,)")
+        check_device(op, "log_det", log_det, "x", x)
+    if limit is not None:
+        check_number(op, "limit", limit)
     if limit is None:
         limit = -math.log(1e-3) if scale == "soft_clip" else 2.0
     elif scale not in ("tanh", "soft_clip", "arctan") or not 0 < limit < math.inf:
@@ -141,6 +145,10 @@ def _check_mask(op, mask, x, channels):
         return
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.dim() > x.dim() - 1 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(x.shape), strict=False)):
+        raise ValueError(f"{op}: mask must broadcast to one sample {tuple(x.shape[1:])}, got shape {tuple(mask.shape)}")
+    if mask.device.type == "meta" and x.device.type != "meta":
+        check_device(op, "mask", mask, "x", x)
     if channels != x.shape[1]:
         raise ValueError(f"{op}: with a mask all {x.shape[1]} channels of x must have parameters, got those of {channels}")
 

@@ -6,7 +6,7 @@ import torch
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_choice
+from genkern.ops._common import check_choice, check_number
 from genkern.ops.flow._squeeze import squeeze as squeezed
 from genkern.testing._case import Case
 
@@ -42,6 +42,7 @@ def dequantize(x, *, levels=256, key=None, generator=None, transform="center", a
     check_choice(_NAME, "transform", transform, TRANSFORMS)
     if dtype not in DTYPES:
         raise TypeError(f"{_NAME}: dtype must be a floating-point type, got {dtype}")
+    check_number(_NAME, "alpha", alpha)
     if transform.startswith("logit") and not 0 < alpha < (1 if transform == "logit" else 0.5):
         raise ValueError(f"{_NAME}: alpha must lie between 0 and {1 if transform == 'logit' else 0.5}, got {alpha}")
     if squeeze and (x.shape[2] % 2 or x.shape[3] % 2):

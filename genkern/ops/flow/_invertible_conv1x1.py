@@ -1,6 +1,7 @@
 """invertible_conv1x1: a learned mixing of channels with its log-determinant, and the preparation of its weights."""
 
 import torch
+import torch.nn.functional as F
 
 from genkern.ops._common import check_device, check_float, check_shape, in_working_type, promoted, working_type
 
@@ -15,7 +16,7 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
     weight      (C, C) W
     bias        (C,) b, or None: such as an actnorm folded in by `plu_weight`
     log_abs_det () log |det W| where it is known; None: computed by torch.linalg.slogdet
-    inverse     x from y: W^-1 (x - b), by solving with W; log_det is that of this map
+    inverse     x from y: W^-1 (y - b), W inverted once for all samples; log_det is that of this map
     log_det     None, or (N,): a running log-determinant to which this one is added
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64). y has the promoted type of the tensors, log_det is
@@ -36,23 +37,32 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
         if tensor is not None:
             check_float(_NAME, name, tensor)
             check_shape(_NAME, name, tensor, shape, meaning)
+            check_device(_NAME, name, tensor, "x", x)
     dtype = promoted(x, weight, bias)
     x, weight, bias, log_abs_det = in_working_type(x, weight, bias, log_abs_det)
     with torch.autocast(x.device.type, enabled=False):
         if log_abs_det is None:
             log_abs_det = torch.linalg.slogdet(weight)[1]
-        columns = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)  # (N, C, positions)
         if inverse:
-            y = torch.linalg.solve(weight, columns if bias is None else columns - bias[:, None])
-        else:
-            y = weight @ columns
+            weight = torch.linalg.inv(weight)
+            bias = None if bias is None else -(weight @ bias)
+        n, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
+        if x.dim() == 2:
+            y = F.linear(x, weight, bias)
+        elif channels > 4 * positions:  # whose gradient would be larger than x, if it were one matrix a sample
+            y = weight @ x.flatten(2)
             y = y if bias is None else y + bias[:, None]
-        positions = -x.shape[2:].numel() if inverse else x.shape[2:].numel()
-        own = (log_abs_det * positions).repeat(x.shape[0])
-    return y.reshape(x.shape).to(dtype), own if log_det is None else log_det + own
+        elif bias is None:
+            y = torch.bmm(weight.expand(n, -1, -1), x.flatten(2))
+        else:
+            y = torch.baddbmm(bias[:, None], weight.expand(n, -1, -1), x.flatten(2))
+        own = log_abs_det.expand(n)
+        positions = -positions if inverse else positions
+        own = own * positions if log_det is None else torch.add(log_det, own, alpha=positions)
+    return y.reshape(x.shape).to(dtype), own
 
 
-def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, shift=None):
+def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, shift=None, *, inverse=False):
     """(weight, bias, log_abs_det) of W = P L (U + diag(sign exp(log_diagonal))) (Glow, Kingma & Dhariwal, 2018, equation 10), for one
     convolution, or for all K of a level at once: one batch of small products instead of K, since they depend on parameters alone.
 
@@ -63,6 +73,7 @@ def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, sh
     log_scale, shift
                     (..., C) of an actnorm before the convolution, folded in: weight is W diag(exp(log_scale)), bias W shift and
                     log_abs_det includes the sum of log_scale. None: bias is None
+    inverse         those of the inverse map: invertible_conv1x1(y, weight, bias, log_abs_det=...) gives x back without solving again
 
     weight (..., C, C), bias (..., C) or None and log_abs_det (...): the sum of log_diagonal, for one position. Computed in float32
     (float64 if an input is). TypeError, ValueError on bad arguments. Differentiable to any order.
@@ -76,25 +87,38 @@ def plu_weight(permutation, lower, upper, sign, log_diagonal, log_scale=None, sh
     for name, tensor in (("permutation", permutation), ("upper", upper)):
         check_float(op, name, tensor)
         check_shape(op, name, tensor, lower.shape, "(..., C, C)")
+        check_device(op, name, tensor, "lower", lower)
     for name, tensor in (("sign", sign), ("log_diagonal", log_diagonal), ("log_scale", log_scale), ("shift", shift)):
-        if tensor is not None:
+        if tensor is not None or name in ("sign", "log_diagonal"):
             check_float(op, name, tensor)
             check_shape(op, name, tensor, lower.shape[:-1], "(..., C)")
+            check_device(op, name, tensor, "lower", lower)
     tensors = in_working_type(permutation, lower, upper, sign, log_diagonal, log_scale, shift)
     dtype = working_type(*tensors)
     permutation, lower, upper, sign, log_diagonal, log_scale, shift = (None if t is None else t.to(dtype) for t in tensors)
     identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device)
     with torch.autocast(lower.device.type, enabled=False):
-        right = upper.triu(1) + torch.diag_embed(sign * torch.exp(log_diagonal))
-        weight = permutation @ ((lower.tril(-1) + identity) @ right)
+        left, right = lower.tril(-1) + identity, upper.triu(1) + torch.diag_embed(sign * torch.exp(log_diagonal))
+        log_abs_det = log_diagonal.sum(-1) if log_scale is None else (log_diagonal + log_scale).sum(-1)
+        if inverse:  # x = exp(-log_scale) (W^-1 y - shift)
+            weight = torch.linalg.solve_triangular(left, permutation.mT, upper=False, unitriangular=True)
+            weight = torch.linalg.solve_triangular(right, weight, upper=True)
+            if log_scale is None:
+                return weight, None, -log_abs_det
+            factor = torch.exp(-log_scale)
+            return weight * factor.unsqueeze(-1), -factor * shift, -log_abs_det
+        weight = permutation @ (left @ right)
         if log_scale is None:
-            return weight, None, log_diagonal.sum(-1)
+            return weight, None, log_abs_det
         bias = (weight @ shift.unsqueeze(-1)).squeeze(-1)
-        return weight * torch.exp(log_scale).unsqueeze(-2), bias, (log_diagonal + log_scale).sum(-1)
+        return weight * torch.exp(log_scale).unsqueeze(-2), bias, log_abs_det
 
 
 def plu_factors(weight):
-    """(permutation, lower, upper, sign, log_diagonal) of an invertible weight (..., C, C), the arguments of `plu_weight`."""
+    """(permutation, lower, upper, sign, log_diagonal) of an invertible weight (..., C, C), the arguments of `plu_weight`.
+
+    float32 or float64, as torch.linalg.lu takes them. TypeError, ValueError on anything else.
+    """
     check_float("plu_factors", "weight", weight)
     if weight.dim() < 2 or weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"plu_factors: weight must be (..., C, C), got shape {tuple(weight.shape)}")

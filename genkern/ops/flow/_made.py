@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, promoted
+from genkern.ops._common import check_choice, check_device, check_float, check_shape, check_tensor, promoted
 
 LAYOUTS = ("blocks", "interleaved")
 _BLOCK = 32  # inputs
@@ -28,9 +28,11 @@ def masked_linear(x, weight, mask, bias=None):
         raise TypeError(f"{op}: mask must be a boolean or floating-point tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     check_shape(op, "mask", mask, weight.shape, "(O, I)")
     check_device(op, "weight", weight, "x", x)
+    check_device(op, "mask", mask, "x", x)
     if bias is not None:
         check_float(op, "bias", bias)
         check_shape(op, "bias", bias, weight.shape[:1], "(O,)")
+        check_device(op, "bias", bias, "x", x)
     dtype = promoted(x, weight, bias)
     weight = (weight * mask).to(dtype)
     return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
@@ -44,8 +46,16 @@ def made_masks(degrees, per_input=1, layout="blocks"):
                 each hidden layer
     per_input   P numbers for each input, laid out as `layout` says: "blocks": all first ones, all second ones, ... (P D);
                 "interleaved": those of one input together (D P)
+
+    TypeError, ValueError on anything else.
     """
     check_choice("made_masks", "layout", layout, LAYOUTS)
+    if isinstance(per_input, bool) or not isinstance(per_input, int) or per_input < 1:
+        raise ValueError(f"made_masks: per_input must be a positive int, got {per_input!r}")
+    if not isinstance(degrees, (list, tuple)) or len(degrees) < 1:
+        raise ValueError(f"made_masks: degrees must be a list of tensors, the first those of the inputs, got {degrees!r}")
+    for degree in degrees:
+        check_tensor("made_masks", "degrees", degree)
     inputs = degrees[0]
     outputs = inputs.repeat(per_input) if layout == "blocks" else inputs.repeat_interleave(per_input)
     hidden = [above[:, None] >= below[None, :] for below, above in zip(degrees, degrees[1:], strict=False)]
@@ -118,7 +128,7 @@ def made_inverse(element, batch, layers, degrees, *, activation=F.relu, layout="
         complete(known, done + 1)
     back = order.argsort()
     params = params[:, back]
-    return states[0][:, back], (params.transpose(1, 2) if layout == "blocks" else params).reshape(batch, -1)
+    return states[0][:, back], (params.transpose(1, 2) if layout == "blocks" else params).flatten(1)
 
 
 def _sorted(weights, biases, degrees, order, layout, bias_of_sample):

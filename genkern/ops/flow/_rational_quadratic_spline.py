@@ -8,7 +8,16 @@ import torch.nn.functional as F
 
 from genkern.core import Op
 from genkern.core._op import transforming
-from genkern.ops._common import check_choice, check_float, check_like, in_working_type, promoted, same_precision, working_type
+from genkern.ops._common import (
+    check_choice,
+    check_float,
+    check_like,
+    check_number,
+    in_working_type,
+    promoted,
+    same_precision,
+    working_type,
+)
 from genkern.testing._case import Case
 
 TAILS = (None, "linear", "circular")  # positions are the numbers of the raw op
@@ -85,10 +94,14 @@ def _check(x, widths, heights, derivatives, tails, tail_bound, min_bin_width, mi
     for name, tensor in (("widths", widths), ("derivatives", derivatives)):
         if tensor.device != x.device:
             raise ValueError(f"{_NAME}: {name} must be on the device of x, got {x.device} and {tensor.device}")
-    for name, value in (("tail_bound", tail_bound), ("min_derivative", min_derivative)):
+    sizes = ("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)
+    slopes_and_bound = ("tail_bound", tail_bound), ("min_derivative", min_derivative)
+    for name, value in (*sizes, *slopes_and_bound):
+        check_number(_NAME, name, value)
+    for name, value in slopes_and_bound:
         if not (0 < value < math.inf):
             raise ValueError(f"{_NAME}: {name} must be positive and finite, got {value}")
-    for name, value in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
+    for name, value in sizes:
         if not 0 < value * bins <= 1:
             raise ValueError(f"{_NAME}: {name} must lie in (0, 1 / bins], got {value} with {bins} bins")
     if tails == "linear" and min_derivative >= 1:

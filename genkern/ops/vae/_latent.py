@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from genkern.ops._common import FLOATS, check_device, check_float, in_working_type, working_type
+from genkern.ops._common import FLOATS, check_device, check_float, check_number, in_working_type, working_type
 
 # ---- reference pieces
 
@@ -108,7 +108,8 @@ def check_clamp(op, clamp):
         return _UNBOUNDED
     if clamp == "soft5":
         return (-math.inf, math.inf, True)
-    if isinstance(clamp, (tuple, list)) and len(clamp) == 2 and clamp[0] <= clamp[1]:
+    numbers = isinstance(clamp, (tuple, list)) and len(clamp) == 2 and all(isinstance(bound, (int, float)) for bound in clamp)
+    if numbers and clamp[0] <= clamp[1]:
         return (float(clamp[0]), float(clamp[1]), False)
     raise ValueError(f'{op}: clamp must be None, (low, high) with low <= high, or "soft5", got {clamp!r}')
 
@@ -116,6 +117,7 @@ def check_clamp(op, clamp):
 def check_reduction(op, reduction, free_bits):
     if reduction not in ("sample", "element", "total"):
         raise ValueError(f'{op}: reduction must be "sample", "element" or "total", got {reduction!r}')
+    check_number(op, "free_bits", free_bits)
     if not free_bits >= 0:
         raise ValueError(f"{op}: free_bits must be at least 0 nats, got {free_bits}")
     return reduction == "element"

@@ -1,0 +1,150 @@
+"""Every public op and draw, given one wrong argument after another: TypeError, ValueError or IndexError in words, nothing written."""
+
+import pytest
+import torch
+
+from genkern import ops, random
+from genkern.random import key
+
+
+def r(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def i(*values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype)
+
+
+MASK, KEY, TABLE, U8 = r(4, 3) > 0, key(3), torch.linspace(0.9, 0.1, 5), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+COUPLING = dict(x=r(2, 4, 3), params=r(2, 8, 3), scale="exp", layout="shift_scale", mask=MASK, log_det=r(2))
+PRIOR = dict(mu=r(2, 3), log_var=r(2, 3), prior_mu=r(2, 3), prior_log_var=r(2, 3), free_bits=0.1, reduction="sample")
+GUIDANCE = dict(moments=ops.guidance_moments(r(4, 3)), rescale=0.5, parallel=0.5, max_norm=3.0)
+STEP = dict(x=r(2, 3), model_output=r(4, 3), table=r(3, 15), step=1, **GUIDANCE)
+PLU = dict(zip(("permutation", "lower", "upper", "sign", "log_diagonal"), ops.plu_factors(r(3, 3)), strict=True))
+NORM = dict(weight=r(4), bias=r(4), pre_bias=r(2, 4), scale=r(2, 4), shift=r(2, 4), activation="silu")
+DRAW = dict(key=KEY, shape=(3,), out=torch.zeros(3))
+SPLINE = dict(x=r(5), widths=r(5, 4), heights=r(5, 4), derivatives=r(5, 3), tails="linear", tail_bound=1.0, min_bin_width=1e-3)
+
+CALLS = [  # good arguments, of which one at a time is replaced
+    (ops.actnorm, dict(x=r(2, 3, 4), log_scale=r(3), shift=r(3), log_det=r(2))),
+    (ops.additive_coupling, dict(x=r(2, 4, 3), shift=r(2, 4, 3), mask=MASK)),
+    (ops.affine_coupling, COUPLING),
+    (ops.affine_coupling, dict(x=r(2, 4), params=r(2, 4), scale="tanh", limit=2.0)),
+    (ops.affine_coupling_, COUPLING),
+    (ops.bernoulli_nll, dict(logits=r(2, 3), x=r(2, 3))),
+    (ops.causal_conv1d, dict(x=r(2, 3, 5), weight=r(3, 1, 4), bias=r(3), groups=3, initial_state=r(2, 3, 3), activation="silu")),
+    (ops.causal_conv1d, dict(x=r(2, 3, 2), weight=r(3, 1, 4), groups=3, seq_idx=i([0, 0], [0, 1], dtype=torch.int32))),
+    (ops.causal_conv1d_update, dict(x=r(2, 3), state=r(4, 3, 3), weight=r(3, 4), bias=r(3), state_indices=i(0, 2, dtype=torch.int32))),
+    (ops.denoising_loss, dict(prediction=r(2, 3), x0=r(2, 3), timesteps=i(1, 2), table=TABLE, key=KEY, target="eps", weighting="p2")),
+    (ops.dequantize, dict(x=U8, levels=16, key=KEY, transform="logit", alpha=0.1)),
+    (ops.discretized_logistic_nll, dict(mu=r(2, 3), log_scale=r(2, 3), x=r(2, 3), levels=256)),
+    (ops.discretized_mix_logistic_cdf, dict(params=r(2, 20, 2), previous=r(2, 1, 2), levels=16)),
+    (ops.discretized_mix_logistic_nll, dict(x=r(2, 3, 2), params=r(2, 20, 2), mode="exact", levels=16, min_log_scale=-7.0)),
+    (ops.discretized_mix_logistic_sample, dict(params=r(2, 20, 2), temperature=0.9, uniforms=r(2, 5, 2).sigmoid())),
+    (ops.discretized_mix_logistic_sample, dict(params=r(2, 20, 2), key=KEY)),
+    (ops.dynamic_threshold, dict(STEP, quantile=0.9, maximum=1.5)),
+    (ops.gated_activation, dict(x=r(2, 6, 4), condition=r(2, 6, 1), colors=3, layout="grouped")),
+    (ops.gaussian_kl, PRIOR),
+    (ops.gaussian_log_prob, dict(x=r(2, 3), mean=r(3), log_std=r(2, 3))),
+    (ops.gaussian_mixture_nll, dict(x=r(2, 1, 5), params=r(2, 6, 5), min_log_scale=-7.0)),
+    (ops.gaussian_mixture_sample, dict(params=r(2, 6, 5), temperature=0.9, uniforms=r(2, 3, 5).sigmoid())),
+    (ops.gaussian_nll, dict(mu=r(2, 3), log_var=r(2, 3), x=r(2, 3))),
+    (ops.group_norm_act, dict(x=r(2, 4, 3), groups=2, **NORM, out=torch.zeros(2, 4, 3))),
+    (ops.guidance_moments, dict(model_output=r(4, 3))),
+    (ops.invertible_conv1x1, dict(x=r(2, 3, 4), weight=r(3, 3), bias=r(3), log_abs_det=r(), log_det=r(2))),
+    (ops.log_importance_weight, dict(nll=r(2), z=r(2, 3), mu=r(2, 3), log_var=r(2, 3), log_sum=r(2))),
+    (ops.made_masks, dict(degrees=[torch.arange(1, 4), i(1, 2)], per_input=2, layout="blocks")),
+    (ops.masked_conv2d, dict(x=r(2, 3, 4, 4), weight=r(6, 3, 3, 3), bias=r(6), mask_type="A", colors=3, layout="grouped")),
+    (ops.masked_linear, dict(x=r(2, 3), weight=r(4, 3), mask=MASK, bias=r(4))),
+    (ops.mu_law_decode, dict(index=torch.arange(5), levels=256, dtype=torch.float32)),
+    (ops.mu_law_encode, dict(x=r(5), levels=256, rounding="nearest")),
+    (ops.plu_factors, dict(weight=r(3, 3))),
+    (ops.plu_weight, dict(PLU, log_scale=r(3), shift=r(3))),
+    (ops.q_sample, dict(x0=r(2, 3), timesteps=i(1, 2), table=TABLE, key=KEY, target="eps")),
+    (ops.rational_quadratic_spline, dict(SPLINE, min_bin_height=1e-3, min_derivative=1e-3, log_det="element")),
+    (ops.reparameterize, dict(mu=r(2, 3), log_var=r(2, 3), key=KEY, clamp=(-1.0, 1.0))),
+    (ops.reparameterize_kl, dict(PRIOR, key=KEY, clamp="soft5")),
+    (ops.sample_tokens, dict(logits=r(2, 5), temperature=0.9, top_k=2, top_p=0.9, min_p=0.1, order="joint", uniforms=r(2).sigmoid())),
+    (ops.sample_tokens, dict(logits=r(2, 5), repetition_penalty=1.2, previous=i([1], [2]), key=KEY)),
+    (ops.sampler_step, dict(STEP, h1=r(2, 3), noise=r(2, 3), clip=1.0, out=torch.zeros(2, 3), history_out=torch.zeros(2, 3))),
+    (ops.sampler_step, dict(x=r(2, 3), model_output=r(2, 3), table=r(3, 13), step=i(0, 1), bound=r(2).exp(), key=KEY)),
+    (ops.squeeze, dict(x=r(2, 3, 4, 4), factor=2, order="channel")),
+    (ops.timestep_embedding, dict(t=torch.arange(3), dim=8, max_period=1e4, order="cos_sin", shift=0.0, scale=1.0)),
+    (ops.total_correlation, dict(z=r(2, 3), mu=r(2, 3), log_var=r(2, 3), dataset_size=10, sampling="stratified")),
+    (ops.unsqueeze, dict(x=r(2, 4, 4, 4), factor=2, order="channel")),
+    (random.bernoulli, dict(DRAW, p=0.5)),
+    (random.bernoulli, dict(key=KEY, p=TABLE, out=torch.zeros(5))),
+    (random.bits, dict(DRAW, out=torch.zeros(3, dtype=torch.int32))),
+    (random.exponential, dict(DRAW, rate=1.0)),
+    (random.fold_in, dict(key=KEY, data=3)),
+    (random.gumbel, dict(DRAW, loc=0.0, scale=1.0)),
+    (random.key, dict(seed=3)),
+    (random.logistic, dict(DRAW, loc=0.0, scale=1.0)),
+    (random.normal, dict(DRAW, mean=0.0, std=1.0)),
+    (random.split, dict(key=KEY, n=3)),
+    (random.truncated_normal, dict(DRAW, low=-1.0, high=1.0)),
+    (random.uniform, dict(DRAW, low=0.0, high=1.0)),
+]  # fmt: skip
+
+
+MOVED = ("key", "timesteps", "table")  # to where they are needed
+
+
+def wrong_values(name, value, alone):
+    """(what it is, whether it must be refused, the value): the others may be right, as where a tensor broadcasts."""
+    yield "text", not isinstance(value, str), "no such thing"
+    if isinstance(value, torch.Tensor):
+        yield "a list", True, value.tolist() or [1.0]
+        yield "complex", True, value.to(torch.complex64)
+        yield "on meta", not alone, value.to("meta")
+        if value.is_floating_point():
+            yield "integers", name not in ("t", "mask"), value.long()
+            yield "with a gradient", name in ("out", "history_out"), value.clone().requires_grad_()
+        else:
+            yield "of another integer type", False, value.to(torch.int16)
+            yield "reals", name not in ("t", "mask"), value.float()
+            yield "too large", name in ("timesteps", "step", "state_indices", "previous"), value + 100
+        yield "of one more dimension", False, value.unsqueeze(0)
+        yield "a scalar", False, value.new_zeros(())
+        if value.dim():
+            yield "longer", False, torch.cat([value, value[..., :1]], -1)
+            yield "of more rows", False, torch.cat([value, value[:1]])
+            yield "empty", False, value[:0]
+    elif isinstance(value, str):
+        yield "a typo", True, value + "x"
+        yield "a list of it", True, [value]
+    elif isinstance(value, (int, float)):
+        yield "two numbers", name not in ("p",), torch.ones(2)
+        yield "of the other sign", False, -value - 1
+        yield "no number", False, float("nan")
+    elif isinstance(value, tuple):
+        yield "text in a tuple", True, ("a", "b")
+    elif isinstance(value, torch.dtype):
+        yield "an integer type", True, torch.int32
+
+
+@pytest.mark.parametrize(("function", "arguments"), CALLS, ids=[f"{f.__name__}-{n}" for n, (f, _) in enumerate(CALLS)])
+def test_a_wrong_argument_is_refused_in_words_and_nothing_is_written(function, arguments):
+    fresh = lambda: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    function(**fresh())
+    for name, value in arguments.items():
+        others = [n for n, x in arguments.items() if isinstance(x, torch.Tensor) and n not in (name, *MOVED)]
+        for what, must, wrong in wrong_values(name, value, alone=not others):
+            given = fresh() | {name: wrong}
+            where = f"{function.__name__}({name}: {what})"
+            own = {n: x for n, x in given.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
+            before = {n: x.detach().clone() for n, x in own.items()}
+            try:
+                function(**given)
+            except (TypeError, ValueError, IndexError) as error:
+                words = str(error)
+                assert words.startswith((f"{function.__name__}: ", "key must be")) and len(words) < 300, f"{where}: {words}"
+                for n, x in own.items():
+                    assert torch.equal(x.detach(), before[n]), f"{where} was refused and wrote {n}"
+            else:
+                assert not must, f"{where} was taken"
+
+
+def test_every_public_op_is_tried():
+    missing = {name for name in ops.__all__} - {function.__name__ for function, _ in CALLS}
+    assert missing == {"made_inverse"}  # which takes functions: tests/flow/test_made_inverse.py

@@ -1,0 +1,74 @@
+"""What README, docs and the modules' own words print as code runs as printed."""
+
+import importlib
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import genkern
+from genkern.cli import COMMANDS
+
+ROOT = Path(genkern.__file__).parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs a checkout")
+
+
+def indented(text):
+    """Paragraphs and their neighbours that stand four columns in."""
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", text + "\n", re.MULTILINE)
+    return [block for block in map(textwrap.dedent, blocks) if block.strip()]
+
+
+def network(x, t, context=None):
+    return 0.1 * x
+
+
+def test_the_readme():
+    pytest.importorskip("diffusers")
+    namespace = {"model": network, "pipe": torch.nn.Identity()}  # what the reader brings
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(block, namespace)
+    assert namespace["x"].shape == (8, 3, 32, 32) and namespace["mu"].grad is not None
+
+
+def test_the_commands_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    found = set(re.findall(r"(?:^|`)(?:python -m )?genkern ([a-z]+)", text, re.MULTILINE))
+    assert {"train", "sample", "bench", "verify", "info"} <= found <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("library", ("nflows", "normflows", "zuko"))
+def test_the_lines_for_other_libraries(library):
+    pytest.importorskip(library)
+    first = indented((ROOT / "docs" / "flows.md").read_text())[0]
+    assert "genkern.integrations.nflows" in first
+    exec(first.replace("nflows", library), {})
+
+
+def test_the_sequence_of_the_docs():
+    layers = [genkern.nn.ActNorm(4), genkern.nn.InvertibleConv1x1(4)]
+    namespace = {"layers": layers, "genkern": genkern}
+    exec(indented((ROOT / "docs" / "flows.md").read_text())[1], namespace)
+    assert isinstance(namespace["flow"], genkern.nn.InvertibleSequence)
+
+
+@pytest.mark.parametrize("name", ("random", "samplers", "train", "metrics", "testing"))
+def test_the_words_of_a_module(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name in ("train", "metrics"):
+        pytest.importorskip("sklearn")
+    module = importlib.import_module(f"genkern.{name}")
+    namespace = {"genkern": genkern, "model": network, "text": torch.zeros(4, 2), "empty": torch.zeros(4, 2), **vars(module)}
+    code = indented(module.__doc__)[0].replace("epochs=20", "epochs=1")
+    if name == "metrics":
+        from genkern import data
+        from genkern.models import VAE
+
+        digits = data.load("digits")
+        (images, labels), train = digits.test, digits.train[0]
+        sets = {"a": images[:90], "b": images[90:], "real": train, "samples": images, "train": train}
+        namespace |= {"data": digits, "images": images, "labels": labels, "key": genkern.random.key(0), **sets}
+        namespace["model"] = VAE(VAE.config_for(digits))
+    exec(code, namespace)
