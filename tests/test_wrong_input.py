@@ -36,6 +36,7 @@ CALLS = [  # good arguments, of which one at a time is replaced
     (ops.causal_conv1d, dict(x=r(2, 3, 2), weight=r(3, 1, 4), groups=3, seq_idx=i([0, 0], [0, 1], dtype=torch.int32))),
     (ops.causal_conv1d_update, dict(x=r(2, 3), state=r(4, 3, 3), weight=r(3, 4), bias=r(3), state_indices=i(0, 2, dtype=torch.int32))),
     (ops.denoising_loss, dict(prediction=r(2, 3), x0=r(2, 3), timesteps=i(1, 2), table=TABLE, key=KEY, target="eps", weighting="p2")),
+    (ops.denoising_loss, dict(prediction=r(2, 3), wanted=r(2, 3), timesteps=i(1, 2), table=TABLE, target="v", weighting="edm")),
     (ops.dequantize, dict(x=U8, levels=16, key=KEY, transform="logit", alpha=0.1)),
     (ops.discretized_logistic_nll, dict(mu=r(2, 3), log_scale=r(2, 3), x=r(2, 3), levels=256)),
     (ops.discretized_mix_logistic_cdf, dict(params=r(2, 20, 2), previous=r(2, 1, 2), levels=16)),
