@@ -162,7 +162,8 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
     const int rest = static_cast<int>(std::min<int64_t>(kCount, n - i));
     for (int k = 0; k < F::kInputs; k++) in_lane[k] = rest == kCount ? load<V>(in[k] + i) : load_first(in[k] + i, rest, V{});
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) rest == kCount ? store(out[k] + i, out_lane[k]) : store_first(out[k] + i, out_lane[k], rest);
+    for (int k = 0; k < F::kOutputs; k++)
+      rest == kCount ? store(out[k] + i, out_lane[k]) : store_first(out[k] + i, out_lane[k], rest);
     for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + (rest == kCount ? term[k] : keep_first(term[k], rest));
   }
   for (int k = 0; k < F::kOutputs; k++)
