@@ -25,6 +25,7 @@ __all__ = [
     "ActNormConv1x1",
     "AdditiveCoupling",
     "AffineCoupling",
+    "CausalAttention2d",
     "CausalConv1d",
     "Flip",
     "GroupNormAct",
@@ -37,4 +38,3 @@ __all__ = [
     "SplineCoupling",
     "Squeeze",
 ]
-__all__ = ["CausalAttention2d", "CausalConv1d", "GroupNormAct", "MaskedConv2d"]
