@@ -117,8 +117,7 @@ struct CouplingBackward {
     out[0] = through;
     out[1] = inverse ? (shift_first ? -grad : -through) : (shift_first ? through : grad);
     out[2] = (inverse ? -to_log : to_log) * s.turn;
-    if (masked)
-      out[0] = in[4] == 0 ? grad : out[0], out[1] = in[4] == 0 ? V{} : out[1], out[2] = in[4] == 0 ? V{} : out[2];
+    if (masked) out[0] = in[4] == 0 ? grad : out[0], out[1] = in[4] == 0 ? V{} : out[1], out[2] = in[4] == 0 ? V{} : out[2];
   }
 };
 

@@ -242,7 +242,10 @@ def print_row(result):
     columns = f"{c['eager']['us']:8.1f} {ours['us']:8.1f} {ours['ratio']:7.1f} {spread:>11} {against}"
     mode = {"forward": "fwd", "forward+backward": "+bwd"}[result["mode"]]
     peers = "".join(f"  {n} {v['genkern_ratio']:.1f}x" for n, v in c.items() if n not in ("eager", "genkern", "copy", "compile"))
-    print(f"{result['op']:18} {shape:11} {mode:4} {result['threads']} {columns} {ours['of_copy']:4.0%} {memory}{slower}{peers}", flush=True)
+    print(
+        f"{result['op']:18} {shape:11} {mode:4} {result['threads']} {columns} {ours['of_copy']:4.0%} {memory}{slower}{peers}",
+        flush=True,
+    )
 
 
 def compare(old, new, threshold=0.1):
