@@ -108,10 +108,10 @@ __attribute__((noinline)) const float* fill_noise(const N& distribution, float* 
   lane_f32 values[4];
   for (int64_t at = 0; at < skip + count; at += 4 * kLanes) {  // two short loops overlap better than one with a long chain
     philox_words(key, (first - skip + at) / 4, words);
-    memcpy(buffer + at, words, sizeof(words));
+    for (int j = 0; j < 4; j++) store(buffer + at + j * kLanes, bitcast<lane_f32>(words[j]));
   }
   for (int64_t at = 0; at < skip + count; at += 4 * kLanes) {
-    memcpy(words, buffer + at, sizeof(words));
+    for (int j = 0; j < 4; j++) words[j] = bitcast<lane_u32>(load<lane_f32>(buffer + at + j * kLanes));
     distribution(words, values);
     store_interleaved(buffer + at, values);
   }
@@ -138,8 +138,7 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   const S* in[F::kInputs + 1];
   S* out[F::kOutputs + 1];
   V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
-  // Independent chains of additions: equal terms round the same way, so a long chain of floats drifts.
-  constexpr int kChains = F::kSums && kCount > 1 ? 4 : 1;
+  constexpr int kChains = F::kSums ? 4 : 1;  // of additions, independent: equal terms round the same way, so a long chain drifts
   V chain[kChains][F::kSums + 1];
   for (int k = 0; k < F::kInputs; k++) in[k] = read(job.in[k], row, column, n, buffers[k]);
   for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
@@ -150,21 +149,21 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   for (auto& total : chain)
     for (int k = 0; k < F::kSums; k++) total[k] = V{};
   int64_t i = 0;
+  const auto whole = [&](int64_t at, V* total) {
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
+    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
+    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
+    for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
+  };
   for (; i + kChains * kCount <= n; i += kChains * kCount)
-    for (int c = 0; c < kChains; c++) {
-      const int64_t at = i + c * kCount;
-      for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
-      job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
-      for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
-      for (int k = 0; k < F::kSums; k++) chain[c][k] = chain[c][k] + term[k];
-    }
-  for (; kCount > 1 && i < n; i += kCount) {  // what is left, whole or not, in one copy of the functor: they take long to compile
-    const int rest = static_cast<int>(std::min<int64_t>(kCount, n - i));
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = rest == kCount ? load<V>(in[k] + i) : load_first(in[k] + i, rest, V{});
+    for (int c = 0; c < kChains; c++) whole(i + c * kCount, chain[c]);
+  for (; i + kCount <= n; i += kCount) whole(i, chain[0]);
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_first(in[k] + i, rest, V{});
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++)
-      rest == kCount ? store(out[k] + i, out_lane[k]) : store_first(out[k] + i, out_lane[k], rest);
-    for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + (rest == kCount ? term[k] : keep_first(term[k], rest));
+    for (int k = 0; k < F::kOutputs; k++) store_first(out[k] + i, out_lane[k], rest);
+    for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + keep_first(term[k], rest);
   }
   for (int k = 0; k < F::kOutputs; k++)
     if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
