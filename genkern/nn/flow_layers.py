@@ -214,9 +214,7 @@ class AffineCoupling(_Coupling):
 
     safe_inverse = True
 
-    def __init__(
-        self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None, learned_limit=False
-    ):
+    def __init__(self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None, learned_limit=False):
         super().__init__(network, channels, changed, mask)
         if learned_limit and scale != "tanh":
             raise ValueError(f'AffineCoupling: learned_limit is of scale="tanh", got {scale!r}')
