@@ -225,7 +225,7 @@ CASES = (
         forms=(_slices_of_one, _no_tails),
         shapes=((5, 7), (1, 1), (0, 4), (2, 3, 5), (3, 37)),
         large=(3, 1031),
-        # float64 is tested in tests/flow against long double: two results in double differ in narrow bins by more than the common rule allows.
+        # float64: in tests/flow, against long double. In narrow bins two results in double differ by more than the common rule allows.
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         variants=({}, {"inverse": True}, {"tail_bound": 3.0, "log_det": "sample"}),
         eager=_eager,
