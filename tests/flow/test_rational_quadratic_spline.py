@@ -49,10 +49,9 @@ def test_round_trip_in_float32_within_the_rounding_of_y(backend):
     assert ((back - x).abs() <= limit).all()
 
 
-def with_more_digits(x, widths, heights, derivatives, inverse, bound=1.0):
+def with_more_digits(x, widths, heights, derivatives, inverse):
     """(y, log_det) with linear tails in NumPy's types, complex ones too, that of the conditions being the real part."""
-    least = np.longdouble(1e-3)
-    bins = widths.shape[-1]
+    bins, bound, least = widths.shape[-1], 1.0, np.longdouble(1e-3)
 
     def axis(raw):
         weight = np.exp(raw - raw.real.max(-1, keepdims=True))

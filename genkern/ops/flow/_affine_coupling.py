@@ -45,7 +45,7 @@ def affine_coupling(
     inverse     x from y: (x - t) / s, or x / s - t; log_det is that of this map
     mask        boolean, of the shape of one sample (C, ...) or one that broadcasts to it: True is transformed, such as a
                 checkerboard. Then C' = C
-    log_det     None, or (N,): a running log-determinant to which this one is added
+    log_det     None, or (N,): a running log-determinant to which this one is added, in the same pass
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64). y has the promoted type of x and params, so a
     float32 stream takes bfloat16 params; log_det is float32 (float64 if an input is). TypeError, ValueError on anything else.
