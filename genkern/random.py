@@ -19,6 +19,7 @@ the torch reference. Formulas: genkern/ops/random/_random.py.
 import math
 
 import torch
+from torch.compiler import is_compiling
 
 from genkern.core._op import transforming
 from genkern.ops._common import check_device, check_number, check_tensor
@@ -47,7 +48,10 @@ def split(key, n):
     check_key("split", key)
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"split: n must be a non-negative int, got {n!r}")
-    return _keys_at(key, torch.arange(n, device=key.device))
+    if transforming() or key.device.type not in ("cpu", "cuda"):
+        return _keys_at(key, torch.arange(n, device=key.device))
+    low = (bits(key, (*key.shape[:-1], 4 * n)).to(torch.int64) & 0xFFFFFFFF).unflatten(-1, (n, 4))  # the same words from the kernel
+    return _keys_of(low)
 
 
 def fold_in(key, data):
@@ -70,7 +74,7 @@ def draw_key(generator=None, device="cpu"):
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         device = torch.device("cpu")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if generator is not None:
             raise ValueError("generator= works in eager mode only; under torch.compile pass key=")
         return torch.ops.genkern._draw_key.default(device)
@@ -95,7 +99,11 @@ def _signed(x):
 
 
 def _keys_at(key, index):
-    low = _random.words(key, index)
+    return _keys_of(_random.words(key, index))
+
+
+def _keys_of(low):
+    """Keys (..., 2) of the four words (..., 4) of a counter."""
     return torch.stack([low[..., 1] << 32 | low[..., 0], low[..., 3] << 32 | low[..., 2]], -1)
 
 
@@ -254,6 +262,8 @@ def key_for(op, key, generator, x):
 
 def beside(key, out):
     """The key where the kernel can read it: one key on the CPU goes along as two numbers, everything else lies on out's device."""
+    if key.is_cpu and out.is_cpu:
+        return key.contiguous()
     if key.device != out.device and not (key.device.type == "cpu" and (key.dim() == 1 or out.device.type != "cuda")):
         if key.device.type == "meta":
             raise ValueError(f"key must be on the CPU or on {out.device}, got a key on meta, which has no numbers")

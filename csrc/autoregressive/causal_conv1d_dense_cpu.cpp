@@ -1,201 +1,223 @@
-// causal_conv1d with groups of several channels, on the CPU: y[o, t] = bias[o] + sum over k, c of weight[o, c, k] x[c, t + k
-// dilation], where x begins with the past. An output is the bias, then, oldest tap first, the sums over kChain channels each, every
-// one a chain of fused multiply-adds. Two kernels form the same sums: one with lanes over time, for long sequences, and one with
-// lanes over outputs, for steps and for what is left of a sequence. So an output has the same bits in any chunk, any batch and any
-// number of threads.
+// causal_conv1d with groups of several channels, on the CPU: y[o, t] = bias[o] + sum over k, c of weight[o, c, k] x[c, t - (K - 1 -
+// k) dilation], and with the gate of WaveNet behind it. The inputs of a few columns are laid side by side, (tap and channel,
+// column), then multiplied by packed weights. All columns (n, t) are numbered through, so that tiles are full for short sequences
+// of a batch too.
 #include <utility>
 
 #include "causal_conv1d.h"
+#include "dense_product.h"
 
 namespace gk {
 namespace {
 
-constexpr int kChain = 32;  // short chains round less
-constexpr int kBlock = 16;  // outputs that lie side by side in packed weights: [group][block][tap][channel][output]
+constexpr int64_t kTiles = 4;  // of one unit of work
 
 template <class S>
-struct Shape {
-  using V = typename Vector<S>::type;
-  static constexpr int kCount = Lane<V>::kCount, kParts = kBlock / kCount;  // vectors of a block
-  static constexpr bool kWide = kCount == 16;                               // 32 registers
-  static constexpr int kRows = kWide ? 8 : 4, kColumns = 3;                 // outputs by vectors of time
-  static constexpr int kSteps = kCount == 1 ? 1 : kWide ? 6 : 3;            // columns by four vectors of outputs
+struct Strided {  // element (n, c, t) is data[n * stride[0] + c * stride[1] + t * stride[2]]
+  const S* data = nullptr;
+  int64_t stride[3] = {};
+  Strided() = default;
+  explicit Strided(const Tensor& x) : data(static_cast<const S*>(x.data_ptr())), stride{x.stride(0), x.stride(1), x.stride(2)} {}
+  const S* at(int64_t n, int64_t c, int64_t t) const { return data + n * stride[0] + c * stride[1] + t * stride[2]; }
 };
 
 template <class S>
 struct DenseJob {
-  int64_t samples, channels, time, taps, dilation, groups, outputs;  // channels and outputs of a group
-  const S *x, *weight, *bias;                                        // weight: packed
-  int64_t x_sample, x_channel, x_time;
-  S* y;  // (samples, groups outputs, time)
-  int64_t blocks() const { return (outputs + kBlock - 1) / kBlock; }
-  int64_t block_size() const { return taps * channels * kBlock; }
+  int64_t samples, channels, time, taps, dilation, groups;  // channels of a group
+  bool gated;                                               // then one group
+  Strided<S> x, state, condition;
+  Weights<S> weights;  // of the first group
+  S* y;                // (samples, rows, time)
+  int64_t history() const { return (taps - 1) * dilation; }
+  int64_t rows() const { return gated ? weights.outputs / 2 : groups * weights.outputs; }
+  int64_t group_size() const { return weights.blocks() * weights.block_size(); }
 };
 
 template <class S>
 std::vector<S> pack(const Tensor& weight, int64_t groups) {  // of (groups outputs, channels, taps)
   const int64_t outputs = weight.size(0) / groups, channels = weight.size(1), taps = weight.size(2);
-  const int64_t blocks = (outputs + kBlock - 1) / kBlock;
-  std::vector<S> packed(static_cast<size_t>(groups * blocks * taps * channels * kBlock));
+  const int64_t blocks = (outputs + kBlock - 1) / kBlock, depth = taps * channels;
+  std::vector<S> packed(static_cast<size_t>(groups * blocks * depth * kBlock));
   const S* from = static_cast<const S*>(weight.data_ptr());
+  S* to = packed.data();
   for (int64_t g = 0; g < groups; g++)
-    for (int64_t o = 0; o < outputs; o++)
-      for (int64_t c = 0; c < channels; c++)
-        for (int64_t k = 0; k < taps; k++)
-          packed[(((g * blocks + o / kBlock) * taps + k) * channels + c) * kBlock + o % kBlock] =
-              from[((g * outputs + o) * channels + c) * taps + k];
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t count = std::min<int64_t>(kBlock, outputs - b * kBlock);
+      for (int64_t k = 0; k < taps; k++)
+        for (int64_t c = 0; c < channels; c++, to += kBlock) {
+          const S* row = from + (g * outputs + b * kBlock) * depth + c * taps + k;
+          for (int64_t o = 0; o < count; o++) to[o] = row[o * depth];
+        }
+    }
   return packed;
 }
 
-// Lanes over time: kRows outputs from `first` on, at kColumns vectors of time from t on.
 template <class S>
-void rows_of_time(const DenseJob<S>& job, const S* x, const S* weight, const S* bias, int64_t first, S* y, int64_t t) {
-  using V = typename Shape<S>::V;
-  constexpr int kRows = Shape<S>::kRows, kColumns = Shape<S>::kColumns, kCount = Shape<S>::kCount;
-  const int64_t valid = std::min<int64_t>(kRows, job.outputs - first);
-  V total[kRows][kColumns];
-  for (int o = 0; o < kRows; o++)
-    for (int j = 0; j < kColumns; j++) total[o][j] = splat<V>(bias && o < valid ? bias[first + o] : S{});
-  const S* w = weight + first / kBlock * job.block_size() + first % kBlock;
-  for (int64_t k = 0; k < job.taps; k++) {
-    const S* from = x + t + k * job.dilation;
-    for (int64_t c = 0; c < job.channels;) {
-      V sum[kRows][kColumns] = {};
-      for (const int64_t end = std::min(c + kChain, job.channels); c < end; c++, from += job.x_channel, w += kBlock) {
-        V value[kColumns];
-        for (int j = 0; j < kColumns; j++) value[j] = load<V>(from + j * kCount);
-        for (int o = 0; o < kRows; o++) {
-          const V one = w[o] - V{};
-          for (int j = 0; j < kColumns; j++) sum[o][j] = fma(one, value[j], sum[o][j]);
+GK_FN void copy(const S* from, int64_t stride, int64_t count, S* to) {
+  if (stride == 1 && count == Tile<S>::kColumns)
+    memcpy(to, from, sizeof(S) * Tile<S>::kColumns);  // a few vectors, inline
+  else if (stride == 1)
+    memcpy(to, from, sizeof(S) * static_cast<size_t>(count));
+  else
+    for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
+}
+
+// f(n, t, run, at): columns first + at and so on, `run` of them, are times t and so on of sample n.
+template <class F>
+void each_run(int64_t first, int64_t count, int64_t time, F&& f) {
+  for (int64_t at = 0; at < count;) {
+    const int64_t n = (first + at) / time, t = (first + at) % time, run = std::min(count - at, time - t);
+    f(n, t, run, at);
+    at += run;
+  }
+}
+
+// What `count` columns from `first` on see: to (tiles, taps channels, width).
+template <class S>
+void gather(const DenseJob<S>& job, int64_t group, int64_t first, int64_t count, int64_t width, S* to) {
+  each_run(first, count, job.time, [&](int64_t n, int64_t t, int64_t run, int64_t at) {
+    for (int64_t i = 0; i < job.channels; i++)
+      for (int64_t k = 0; k < job.taps; k++) {
+        const int64_t from = t + k * job.dilation - job.history(), past = std::max<int64_t>(0, std::min(run, -from));
+        const int64_t c = group * job.channels + i, d = k * job.channels + i;
+        for (int64_t j = 0, some; j < run; j += some) {
+          const int64_t tile = (at + j) / width, column = (at + j) % width;
+          some = std::min((j < past ? past : run) - j, width - column);
+          S* row = to + (tile * job.weights.depth + d) * width + column;
+          if (j >= past)
+            copy(job.x.at(n, c, from + j), job.x.stride[2], some, row);
+          else if (job.state.data)
+            copy(job.state.at(n, c, from + j + job.history()), job.state.stride[2], some, row);
+          else
+            std::fill(row, row + some, S{});
         }
       }
-      for (int o = 0; o < kRows; o++)
-        for (int j = 0; j < kColumns; j++) total[o][j] = total[o][j] + sum[o][j];
+  });
+}
+
+template <class S>
+struct Buffers {  // of one thread
+  std::vector<S> in, out, condition;
+  explicit Buffers(const DenseJob<S>& job, int64_t width)
+      : in(static_cast<size_t>(job.weights.depth * width)), out(static_cast<size_t>((job.weights.blocks() + 1) * kBlock * width)) {
+    if (job.condition.data) condition.resize(out.size());
+  }
+};
+
+// Some tiles of columns, lanes over them; several at once read and write longer pieces of a row.
+template <class S>
+void tiles(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int64_t first, int64_t count, Buffers<S>& buffers) {
+  constexpr int64_t kTile = Tile<S>::kColumns, kWidth = kTiles * kTile;
+  gather(job, group, first, count, kTile, buffers.in.data());
+  S* y = job.y + group * weights.outputs * job.time;
+  const int64_t sample = job.rows() * job.time, n = first / job.time, t = first % job.time;
+  const bool direct = !job.gated && count == kWidth && t + count <= job.time;
+  S* out = direct ? y + n * sample + t : buffers.out.data();
+  for (int64_t at = 0; at < count; at += kTile)
+    product_of_tile(weights, buffers.in.data() + at * weights.depth, count - at, out + at, direct ? job.time : kWidth);
+  if (direct) return;
+  const int64_t rows = job.gated ? weights.outputs / 2 : weights.outputs;
+  for (int64_t o = 0; o < rows; o++) {
+    if (job.gated) {
+      S* c = job.condition.data ? buffers.condition.data() : nullptr;
+      if (c)
+        each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
+          copy(job.condition.at(m, o, s), job.condition.stride[2], run, c + at);
+          copy(job.condition.at(m, o + rows, s), job.condition.stride[2], run, c + kWidth + at);
+        });
+      gate_line(out + o * kWidth, out + (o + rows) * kWidth, c, c ? c + kWidth : nullptr, count);
     }
+    each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
+      copy(out + o * kWidth + at, 1, run, y + m * sample + o * job.time + s);
+    });
   }
-  for (int o = 0; o < valid; o++)
-    for (int j = 0; j < kColumns; j++) store(y + (first + o) * job.time + t + j * kCount, total[o][j]);
 }
 
-// Lanes over outputs: kVectors of them from block `block` on, at kSteps columns.
-template <class S, int kVectors, int kSteps>
-void columns_of_outputs(const DenseJob<S>& job, const S* const* x, const S* weight, const S* bias, int64_t block, S* const* y) {
-  using V = typename Shape<S>::V;
-  constexpr int kCount = Shape<S>::kCount, kParts = Shape<S>::kParts;
-  const int64_t first = block * kBlock, count = std::min<int64_t>(kVectors * kCount, job.outputs - first);
-  V total[kSteps][kVectors];
-  for (int v = 0; v < kVectors; v++) {
-    const int here = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(kCount, count - v * kCount)));
-    const V start = bias ? load_first(bias + first + v * kCount, here, V{}) : V{};
-    for (int j = 0; j < kSteps; j++) total[j][v] = start;
-  }
-  const S* w = weight + block * job.block_size();
-  for (int64_t k = 0; k < job.taps; k++)
-    for (int64_t c = 0; c < job.channels;) {
-      V sum[kSteps][kVectors] = {};
-      for (const int64_t end = std::min(c + kChain, job.channels); c < end; c++, w += kBlock) {
-        const int64_t at = k * job.dilation * job.x_time + c * job.x_channel;
-        V one[kVectors];
-        for (int v = 0; v < kVectors; v++) one[v] = load<V>(w + v / kParts * job.block_size() + v % kParts * kCount);
-        for (int j = 0; j < kSteps; j++) {
-          const V value = x[j][at] - V{};
-          for (int v = 0; v < kVectors; v++) sum[j][v] = fma(one[v], value, sum[j][v]);
-        }
-      }
-      for (int j = 0; j < kSteps; j++)
-        for (int v = 0; v < kVectors; v++) total[j][v] = total[j][v] + sum[j][v];
+// A few columns, lanes over outputs.
+template <class S>
+void steps(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int64_t first, int64_t count, Buffers<S>& buffers) {
+  gather(job, group, first, count, count, buffers.in.data());
+  product_of_steps(weights, buffers.in.data(), count, buffers.out.data());
+  const int64_t rows = job.gated ? weights.outputs / 2 : weights.outputs;
+  for (int64_t j = 0; j < count; j++) {
+    const int64_t n = (first + j) / job.time, t = (first + j) % job.time;
+    S* out = buffers.out.data() + j * weights.blocks() * kBlock;
+    if (job.gated) {
+      S* c = job.condition.data ? buffers.condition.data() : nullptr;
+      if (c) copy(job.condition.at(n, 0, t), job.condition.stride[1], weights.outputs, c);
+      gate_line(out, out + rows, c, c ? c + rows : nullptr, rows);
     }
-  for (int j = 0; j < kSteps; j++) {
-    S out[kVectors * kCount];
-    for (int v = 0; v < kVectors; v++) store(out + v * kCount, total[j][v]);
-    for (int64_t o = 0; o < count; o++) y[j][(first + o) * job.time] = out[o];
+    S* y = job.y + n * job.rows() * job.time + group * weights.outputs * job.time + t;
+    for (int64_t o = 0; o < rows; o++) y[o * job.time] = out[o];
   }
 }
 
-template <class S, int kSteps>
-void all_outputs(const DenseJob<S>& job, const S* const* x, const S* weight, const S* bias, S* const* y) {
-  constexpr int kParts = Shape<S>::kParts, kMany = kSteps == 1 ? 8 : 4;
-  int64_t block = 0;
-  if constexpr (kMany > kParts)
-    for (; block + kMany / kParts <= job.blocks(); block += kMany / kParts)
-      columns_of_outputs<S, kMany, kSteps>(job, x, weight, bias, block, y);
-  if constexpr (4 > kParts && kMany > 4)
-    for (; block + 4 / kParts <= job.blocks(); block += 4 / kParts)
-      columns_of_outputs<S, 4, kSteps>(job, x, weight, bias, block, y);
-  for (; block < job.blocks(); block++) columns_of_outputs<S, kParts, kSteps>(job, x, weight, bias, block, y);
-}
-
-template <class S, int kMost>
-void some_columns(int count, const DenseJob<S>& job, const S* const* x, const S* weight, const S* bias, S* const* y) {
-  if (count == kMost) return all_outputs<S, kMost>(job, x, weight, bias, y);
-  if constexpr (kMost > 1) some_columns<S, kMost - 1>(count, job, x, weight, bias, y);
-}
-
-// Columns of all samples, numbered n time + t, in units that are tiles of time where that kernel applies.
 template <class S>
 void dense(const DenseJob<S>& job) {
-  constexpr int kTile = Shape<S>::kColumns * Shape<S>::kCount, kSteps = Shape<S>::kSteps;
-  const int64_t tiles = job.x_time == 1 && Shape<S>::kCount > 1 ? job.time / kTile : 0;  // of a sample
-  const int64_t rest = job.time - tiles * kTile, of_rest = (job.samples * rest + kSteps - 1) / kSteps;
-  const int64_t work = job.block_size() * job.blocks();
-  const auto per_thread = [&](int64_t columns) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work * columns)); };
-  const auto group = [&](int64_t g, auto&& f) {
-    f(job.weight + g * job.blocks() * job.block_size(), job.bias ? job.bias + g * job.outputs : nullptr,
-      g * job.channels * job.x_channel, g * job.outputs * job.time);
+  constexpr bool kWide = Tile<S>::kCount > 1;
+  constexpr int64_t kWidth = kTiles * Tile<S>::kColumns, kSteps = Tile<S>::kSteps;
+  const int64_t columns = job.samples * job.time, rest = columns % kWidth;
+  const int64_t in_steps = kWide && rest > 2 * kSteps ? 0 : kWide ? rest : columns;  // a few columns are quicker one by one
+  const auto in_units = [&](int64_t from, int64_t end_column, int64_t width, auto&& kernel) {
+    const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, job.group_size() * width));
+    torch::stable::parallel_for(0, (end_column - from + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+      Buffers<S> buffers(job, width);
+      for (int64_t unit = begin; unit < end; unit++)
+        for (int64_t g = 0; g < job.groups; g++) {
+          Weights<S> weights = job.weights;
+          weights.packed += g * job.group_size();
+          if (weights.bias) weights.bias += g * weights.outputs;
+          const int64_t first = from + unit * width;
+          kernel(job, g, weights, first, std::min(width, end_column - first), buffers);
+        }
+    });
   };
-  torch::stable::parallel_for(0, job.samples * tiles, per_thread(kTile), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; unit++)
-      for (int64_t g = 0; g < job.groups; g++)
-        group(g, [&](const S* weight, const S* bias, int64_t x_at, int64_t y_at) {
-          const int64_t n = unit / tiles, t = unit % tiles * kTile;
-          const S* x = job.x + n * job.x_sample + x_at;
-          S* y = job.y + n * job.groups * job.outputs * job.time + y_at;
-          for (int64_t first = 0; first < job.outputs; first += Shape<S>::kRows) rows_of_time(job, x, weight, bias, first, y, t);
-        });
-  });
-  torch::stable::parallel_for(0, of_rest, per_thread(kSteps), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; unit++)
-      for (int64_t g = 0; g < job.groups; g++)
-        group(g, [&](const S* weight, const S* bias, int64_t x_at, int64_t y_at) {
-          const S* x[kSteps];
-          S* y[kSteps];
-          const int count = static_cast<int>(std::min<int64_t>(kSteps, job.samples * rest - unit * kSteps));
-          for (int j = 0; j < count; j++) {
-            const int64_t column = unit * kSteps + j, n = column / rest, t = tiles * kTile + column % rest;
-            x[j] = job.x + n * job.x_sample + x_at + t * job.x_time;
-            y[j] = job.y + n * job.groups * job.outputs * job.time + y_at + t;
-          }
-          some_columns<S, kSteps>(count, job, x, weight, bias, y);
-        });
-  });
+  if constexpr (kWide) in_units(0, columns - in_steps, kWidth, tiles<S>);
+  in_units(columns - in_steps, columns, kSteps, steps<S>);
 }
 
 template <class S>
-void run(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed, int64_t dilation,
-         int64_t groups, Tensor& y) {
+void run(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
+         const MaybeTensor& condition, int64_t dilation, int64_t groups, bool gated, Tensor& y) {
   std::vector<S> own;
   if (!packed) own = pack<S>(weight, groups);
-  dense<S>({x.size(0), weight.size(1), y.size(2), weight.size(2), dilation, groups, weight.size(0) / groups,
-            static_cast<const S*>(x.data_ptr()), packed ? static_cast<const S*>(packed->data_ptr()) : own.data(),
-            bias ? static_cast<const S*>(bias->data_ptr()) : nullptr, x.stride(0), x.stride(1), x.stride(2),
-            static_cast<S*>(y.data_ptr())});
+  DenseJob<S> job{x.size(0), weight.size(1), y.size(2), weight.size(2), dilation, groups, gated, Strided<S>(x), {}, {}, {}, {}};
+  job.weights = {weight.size(0) / groups, weight.size(1) * weight.size(2),
+                 packed ? static_cast<const S*>(packed->data_ptr()) : own.data(),
+                 bias ? static_cast<const S*>(bias->data_ptr()) : nullptr};
+  if (state && job.history()) job.state = Strided<S>(*state);
+  if (condition) job.condition = Strided<S>(*condition);
+  job.y = static_cast<S*>(y.data_ptr());
+  dense(job);
 }
 
-// x (N, C, past + L) of any strides, weight (C_out, C / groups, K), bias (C_out), packed: a tensor of the packed weights. All of
-// one type.
-Tensor causal_conv1d_dense(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed, int64_t dilation, int64_t groups) {
-  const int64_t time = x.size(2) - (weight.size(2) - 1) * dilation;
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0), time});
+// x (N, C, L), state (N, C, (K - 1) dilation), condition (N, C_out, L): any strides; weight (C_out, C / groups, K), bias (C_out),
+// packed: a tensor of the packed weights. All of one type.
+Tensor convolve(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
+                const MaybeTensor& condition, int64_t dilation, int64_t groups, bool gated) {
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0) / (gated ? 2 : 1), x.size(2)});
   if (y.numel() == 0) return y;
   if (x.scalar_type() == ScalarType::Double)
-    run<double>(x, weight, bias, packed, dilation, groups, y);
+    run<double>(x, state, weight, bias, packed, condition, dilation, groups, gated, y);
   else
-    run<float>(x, weight, bias, packed, dilation, groups, y);
+    run<float>(x, state, weight, bias, packed, condition, dilation, groups, gated, y);
   return y;
+}
+
+Tensor causal_conv1d_dense(Tensor x, MaybeTensor state, Tensor weight, MaybeTensor bias, MaybeTensor packed, int64_t dilation,
+                           int64_t groups) {
+  return convolve(x, state, weight, bias, packed, {}, dilation, groups, false);
+}
+Tensor causal_conv1d_gated(Tensor x, MaybeTensor state, Tensor weight, MaybeTensor bias, MaybeTensor packed, MaybeTensor condition,
+                           int64_t dilation) {
+  return convolve(x, state, weight, bias, packed, condition, dilation, 1, true);
 }
 
 }  // namespace
 
-GENKERN_LIBRARY(m) { m.impl("_causal_conv1d_dense", TORCH_BOX(&causal_conv1d_dense)); }
+GENKERN_LIBRARY(m) {
+  m.impl("_causal_conv1d_dense", TORCH_BOX(&causal_conv1d_dense));
+  m.impl("_causal_conv1d_gated", TORCH_BOX(&causal_conv1d_gated));
+}
 
 }  // namespace gk

@@ -1,4 +1,5 @@
 // gated_activation: tanh(a) sigmoid(b) of the two halves of dimension 1, after adding those of a condition.
+#include "gate.h"
 #include "rows.h"
 
 namespace gk {
@@ -18,7 +19,7 @@ struct Gated {
   GK_FN void operator()(const V* in, const V*, V, V* out, V*) const {
     V a, b;
     gate_inputs<kCondition>(in, &a, &b);
-    out[0] = tanh(a) * sigmoid(b);
+    out[0] = gate(a, b);
   }
 };
 

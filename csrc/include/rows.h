@@ -40,6 +40,7 @@ struct Array {
   Storage storage = Storage::kFloat;
   const int64_t* lookup = nullptr;  // row inputs only: row r stands at row lookup[r * lookup_stride], kept below lookup_rows
   int64_t lookup_stride = 0, lookup_rows = 0;
+  const void* onto = nullptr;  // sums only: numbers of their type, one per row, that they are added to
 };
 
 GK_FN int64_t looked_up(const Array& a, int64_t row) {

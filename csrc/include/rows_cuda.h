@@ -47,6 +47,11 @@ __device__ __forceinline__ void write_one(const Array& a, int64_t at, double x) 
 }
 
 template <class S>
+__device__ __forceinline__ void write_sum(const Array& a, int64_t row, double total) {
+  write_one(a, row * a.row_stride, static_cast<S>(a.onto ? static_cast<const S*>(a.onto)[row] + total : total));
+}
+
+template <class S>
 __device__ __forceinline__ void read_four(const Array& a, int64_t at, int count, S x[4]) {
   if (!a.data) count = 0;
   if constexpr (sizeof(S) == 4) {
@@ -155,7 +160,7 @@ rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double*
     if (lane == 0 && row < job.rows)
       for (int k = 0; k < F::kSums; k++) {
         if (tiles > 1) partial[(row * tiles + tile) * F::kSums + k] = shared[k][threadIdx.x];
-        else write_one(job.sum[k], row * job.sum[k].row_stride, static_cast<S>(shared[k][threadIdx.x]));
+        else write_sum<S>(job.sum[k], row, shared[k][threadIdx.x]);
       }
   }
 }
@@ -173,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(const RowJob<F> job
     if (threadIdx.x < static_cast<unsigned>(half)) shared[threadIdx.x] += shared[threadIdx.x + half];
     __syncthreads();
   }
-  if (threadIdx.x == 0) write_one(job.sum[k], row * job.sum[k].row_stride, static_cast<S>(shared[0]));
+  if (threadIdx.x == 0) write_sum<S>(job.sum[k], row, shared[0]);
 }
 
 // ---- driver

@@ -89,6 +89,43 @@ def test_grouped_and_dense(groups):
     torch.testing.assert_close(packed[..., 9:], ops.causal_conv1d(x[..., 9:], weight, bias, **options))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gated_is_the_convolution_and_then_the_gate(groups):
+    x, weight, bias = torch.randn(2, 6, 75), torch.randn(12 if groups < 6 else 6, 6 // groups, 3), torch.randn(12 if groups < 6 else 6)
+    options = {"dilation": 5, "groups": groups, "initial_state": torch.randn(2, 6, 10)}
+    condition = torch.randn(2, len(weight), 1)
+    expected = ops.gated_activation(ops.causal_conv1d(x, weight, bias, **options), condition)
+    one_pass = ops.causal_conv1d(x, weight, bias, activation="gated", condition=condition, **options)
+    assert torch.equal(one_pass, expected)
+    given = [t.requires_grad_() for t in (x, weight, bias, condition)]
+    two_passes = ops.causal_conv1d(x, weight, bias, activation="gated", condition=condition, **options)
+    assert torch.equal(two_passes, one_pass)
+    behind = torch.cat([options["initial_state"], x], 2)
+    a, b = (F.conv1d(behind, weight, bias, dilation=5, groups=groups) + condition).chunk(2, 1)
+    torchs = torch.autograd.grad((torch.tanh(a) * torch.sigmoid(b)).square().sum(), given)
+    torch.testing.assert_close(torch.autograd.grad(two_passes.square().sum(), given), torchs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 500), (40, 5, 1), (3, 5, 97)])
+def test_dense_has_the_same_bits_in_any_tile(shape):
+    """Tiles of columns reach over samples; what is left of them takes another kernel."""
+    x, weight, bias = torch.randn(shape), torch.randn(21, 5, 3), torch.randn(21)
+    state = torch.randn(*shape[:2], 4)
+    whole, final = ops.causal_conv1d(x, weight, bias, dilation=2, initial_state=state, return_final_state=True)
+    behind = torch.cat([state, x], 2)
+    torch.testing.assert_close(whole, F.conv1d(behind, weight, bias, dilation=2))
+    assert torch.equal(final, behind[..., shape[2] :])
+    for n in {0, shape[0] - 1}:
+        one = ops.causal_conv1d(x.mT.contiguous().mT[n : n + 1], weight, bias, dilation=2, initial_state=state[n : n + 1])
+        assert torch.equal(one, whole[n : n + 1])
+    for chunk in (1, 13, 60):
+        pieces, carried = [], state
+        for part in x.split(chunk, 2):
+            y, carried = ops.causal_conv1d(part, weight, bias, dilation=2, initial_state=carried, return_final_state=True)
+            pieces.append(y)
+        assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(carried, final)
+
+
 @pytest.mark.parametrize("backend", ("reference", *backends(op="causal_conv1d_update")))
 def test_update_of_slots(backend):
     """Each request shifts its own slot, an empty one touches nothing, and a state that lies (S, P, C) in memory serves too."""
@@ -122,6 +159,9 @@ def test_one_step_has_no_time_dimension():
         ({"bias": torch.zeros(3)}, ValueError, "bias must have shape"),
         ({"dilation": 0}, ValueError, "dilation must be"),
         ({"activation": "relu"}, ValueError, "activation must be"),
+        ({"condition": torch.zeros(2, 4, 5)}, ValueError, "condition belongs to"),
+        ({"activation": "gated", "condition": torch.zeros(2, 3, 5)}, ValueError, "condition must broadcast"),
+        ({"weight": torch.zeros(3, 4, 3), "groups": 1, "activation": "gated"}, ValueError, "even C_out"),
         ({"initial_state": torch.zeros(2, 4, 3)}, ValueError, "initial_state must have shape"),
         ({"seq_idx": torch.zeros(2, 5)}, TypeError, "seq_idx must be int32"),
     ],

@@ -25,6 +25,20 @@ def test_layer_is_torch_conv_with_a_past(groups):
             torch.testing.assert_close(torch.cat(outputs, 2), layer(x))
 
 
+def test_layer_with_a_gate():
+    layer, x, condition = nn.CausalConv1d(5, 8, 3, dilation=2, activation="gated"), torch.randn(2, 5, 11), torch.randn(2, 8, 11)
+    expected = layer(x, condition)
+    assert expected.shape == (2, 4, 11)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            first, state = layer.step(x[..., :5], None, condition[..., :5])
+            outputs = [first]
+            for t in range(5, 11):
+                y, state = layer.step(x[..., t], state, condition[..., t])
+                outputs.append(y[..., None])
+            assert torch.equal(torch.cat(outputs, 2), expected)
+
+
 @pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"padding_mode": "reflect"}, {"activation": "relu"}])
 def test_layer_refuses_what_is_not_causal(change):
     with pytest.raises(ValueError, match="CausalConv1d"):

@@ -12,10 +12,12 @@ from genkern.ops._common import (
     check_float,
     check_shape,
     check_tensor,
+    check_written,
     in_working_type,
     promoted,
     same_precision,
 )
+from genkern.ops.autoregressive._gated_activation import expanded, gated_activation
 from genkern.testing._case import Case
 
 
@@ -30,6 +32,7 @@ def causal_conv1d(
     initial_state=None,
     return_final_state=False,
     seq_idx=None,
+    condition=None,
 ):
     """y[t] = act(bias + sum_k weight[k] x[t - (K - 1 - k) dilation]): the convolution of WaveNet (van den Oord et al., 2016, section
     2.1) and, with groups = C, the short convolution of state space models (Mamba, Gu & Dao, 2023, section 3.4).
@@ -41,7 +44,8 @@ def causal_conv1d(
     groups          C: one filter per channel (C_out = C). Others take a dense kernel on the CPU, whose gradients are torch's; on other
                     devices, with seq_idx, or in several groups of fewer than 4 outputs torch's own convolution, which follows
                     autocast as torch.nn.Conv1d does
-    activation      None or "silu"
+    activation      None, "silu", or "gated": tanh(a) sigmoid(b) of the two halves of the C_out outputs, as gated_activation
+    condition       of "gated": None, or a tensor that broadcasts to (N, C_out, L), added before the gate
     initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
     return_final_state
                     also return the last (K - 1) dilation inputs (N, C, ...), the initial_state of what follows
@@ -54,7 +58,7 @@ def causal_conv1d(
     NaN in the future or in another sequence does not reach an output. In float32 on the CPU the kernels' outputs have the same bits
     however x is cut into pieces that hand on their state, in any batch and for any number of threads.
     """
-    _check("causal_conv1d", x, weight, bias, dilation, activation)
+    _check("causal_conv1d", x, weight, bias, dilation, activation, (None, "silu", "gated"))
     fits = lambda channels: channels >= groups and channels % groups == 0
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or not fits(x.shape[1]) or not fits(weight.shape[0]):
         raise ValueError(
@@ -74,13 +78,15 @@ def causal_conv1d(
         check_tensor("causal_conv1d", "seq_idx", seq_idx, torch.int32)
         check_shape("causal_conv1d", "seq_idx", seq_idx, (x.shape[0], x.shape[2]), "(N, L)")
         check_device("causal_conv1d", "seq_idx", seq_idx, "x", x)
+    if condition is not None and activation != "gated":
+        raise ValueError(f'causal_conv1d: condition belongs to activation "gated", got {activation!r}')
+    if activation == "gated" and weight.shape[0] % 2:
+        raise ValueError(f'causal_conv1d: activation "gated" needs an even C_out, got {weight.shape[0]}')
     x, weight, bias, initial_state = same_precision((x, weight, bias, initial_state))
-    silu = activation == "silu"
-    if groups == x.shape[1] == weight.shape[0]:
-        small = [None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias)]
-        y = _op(x, *small, initial_state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
+    if activation == "gated":
+        y = _gated(x, weight, bias, initial_state, seq_idx, dilation, groups, condition)
     else:
-        y = _grouped(x, weight, bias, initial_state, seq_idx, dilation, groups, silu)
+        y = _convolved(x, weight, bias, initial_state, seq_idx, dilation, groups, activation == "silu")
     return (y, _final_state(x, initial_state, seq_idx, past)) if return_final_state else y
 
 
@@ -116,6 +122,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             f"got {tuple(state.shape)}"
         )
     check_device(op, "state", state, "x", x)
+    check_written(op, {"state": state}, (x,))
     if state_indices is not None:
         check_tensor(op, "state_indices", state_indices, torch.int32)
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
@@ -134,7 +141,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
     return y if x.dim() == 3 else y[..., 0]
 
 
-def _check(op, x, weight, bias, dilation, activation):
+def _check(op, x, weight, bias, dilation, activation, activations=(None, "silu")):
     check_float(op, "x", x, 3)
     check_float(op, "weight", weight, 3)
     check_device(op, "weight", weight, "x", x)
@@ -146,11 +153,13 @@ def _check(op, x, weight, bias, dilation, activation):
         check_device(op, "bias", bias, "x", x)
     if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
         raise ValueError(f"{op}: dilation must be a positive integer, got {dilation!r}")
-    check_choice(op, "activation", activation, (None, "silu"))
+    check_choice(op, "activation", activation, activations)
 
 
 def _behind(x, state, past):
     """x behind its state, or behind zeros."""
+    if past == 0:
+        return x
     return F.pad(x, (past, 0)) if state is None else torch.cat([state.to(x.dtype), x], 2)
 
 
@@ -159,36 +168,56 @@ def _padded_index(seq_idx, past):
 
 
 def _final_state(x, state, seq_idx, past):
-    tail = _behind(x, state, past)[..., x.shape[2] :]
-    if seq_idx is None or x.shape[2] == 0:
-        return tail.clone()
-    index = _padded_index(seq_idx, past)[:, x.shape[2] :]
+    length = x.shape[2]
+    tail = x[..., length - past :].clone() if length >= past else _behind(x, state, past)[..., length:].clone()
+    if seq_idx is None or length == 0:
+        return tail
+    index = _padded_index(seq_idx, past)[:, length:]
     return torch.where((index == seq_idx[:, -1:])[:, None], tail, 0)
 
 
-def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
+def _convolved(x, weight, bias, state, seq_idx, dilation, groups, silu):
+    if groups == x.shape[1] == weight.shape[0]:
+        small = [None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias)]
+        return _op(x, *small, state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
+    y = _grouped(x, weight, bias, state, seq_idx, dilation, groups)
+    return F.silu(y) if silu else y
+
+
+def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
     """Any groups. On the CPU the dense kernel, elsewhere torch's convolution: one for each tap where sequence indices forbid some."""
     past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
+    dtype = promoted(x, weight, bias, state)
     if seq_idx is None and x.device.type == "cpu" and pays_dense(weight, groups):
-        dtype = promoted(x, weight, bias, state)
         x, weight, bias, state = in_working_type(x, weight, bias, state)
         bias = None if bias is None else bias.contiguous()
-        y = dense(_behind(x, state, past), weight.contiguous(), bias, None, dilation, groups)
-        return (F.silu(y) if silu else y).to(dtype)
-    dtype = promoted(x, weight, bias, state)
+        return dense(x, state, weight.contiguous(), bias, None, dilation, groups).to(dtype)
     x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     behind = _behind(x, state, past)
     if seq_idx is None:
-        y = F.conv1d(behind, weight, bias, dilation=dilation, groups=groups)
-    else:
-        index = _padded_index(seq_idx, past)
-        y = 0 if bias is None else bias[:, None]
-        for k in range(weight.shape[2]):
-            window = slice(k * dilation, k * dilation + length)
-            same = (index[:, window] == seq_idx)[:, None]
-            y = y + F.conv1d(torch.where(same, behind[..., window], 0), weight[..., k : k + 1], groups=groups)
-        y = torch.where((seq_idx < 0)[:, None], 0, y)
-    return F.silu(y) if silu else y
+        return F.conv1d(behind, weight, bias, dilation=dilation, groups=groups)
+    index = _padded_index(seq_idx, past)
+    y = 0 if bias is None else bias[:, None]
+    for k in range(weight.shape[2]):
+        window = slice(k * dilation, k * dilation + length)
+        same = (index[:, window] == seq_idx)[:, None]
+        y = y + F.conv1d(torch.where(same, behind[..., window], 0), weight[..., k : k + 1], groups=groups)
+    return torch.where((seq_idx < 0)[:, None], 0, y)
+
+
+def _gated(x, weight, bias, state, seq_idx, dilation, groups, condition):
+    """On the CPU one pass; two where gradients are wanted, since then the gate's inputs are needed again."""
+    tensors = (x, weight, bias, state, condition)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if wanted or groups > 1 or seq_idx is not None or x.device.type != "cpu":
+        return gated_activation(_convolved(x, weight, bias, state, seq_idx, dilation, groups, False), condition)
+    if condition is not None:
+        check_float("causal_conv1d", "condition", condition)
+        check_device("causal_conv1d", "condition", condition, "x", x)
+        condition = expanded("causal_conv1d", condition, (x.shape[0], weight.shape[0], x.shape[2]))
+    dtype = promoted(*tensors)
+    x, weight, bias, state, condition = in_working_type(x, weight, bias, state, condition)
+    return gated(x, state, weight.contiguous(), None if bias is None else bias.contiguous(), None, condition, dilation).to(dtype)
 
 
 def pays_dense(weight, groups):
@@ -203,8 +232,14 @@ def pack_dense(weight, groups=1):
     return rows.view(groups, -1, 16, channels, taps).permute(0, 1, 4, 3, 2).contiguous()
 
 
-def _reference_dense(x, weight, bias, packed, dilation, groups):
-    return F.conv1d(x, weight, bias, dilation=dilation, groups=groups)
+def _reference_dense(x, state, weight, bias, packed, dilation, groups):
+    return F.conv1d(_behind(x, state, (weight.shape[2] - 1) * dilation), weight, bias, dilation=dilation, groups=groups)
+
+
+def _reference_gated(x, state, weight, bias, packed, condition, dilation):
+    y = _reference_dense(x, state, weight, bias, packed, dilation, 1)
+    a, b = (y if condition is None else y + condition).chunk(2, 1)
+    return torch.tanh(a) * torch.sigmoid(b)
 
 
 def _reference(x, weight, bias, state, seq_idx, dilation, silu):
@@ -253,21 +288,32 @@ _op = Op(
 
 
 @implements("cpu", "causal_conv1d_dense_backward")
-def _dense_backward(grad, x, weight, bias, packed, dilation, groups):
+def _dense_backward(grad, x, state, weight, bias, packed, dilation, groups):
     """torch's own: its matrix products are at the machine's limit, and gradients promise no bits."""
+    past = (weight.shape[2] - 1) * dilation
     sizes, wanted = None if bias is None else list(bias.shape), [True, True, bias is not None]
-    got = torch.ops.aten.convolution_backward(grad.contiguous(), x, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted)
-    return [g.contiguous() for g in got[: 2 + wanted[2]]]
+    behind = _behind(x, state, past)
+    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        grad.contiguous(), behind, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted
+    )
+    got = [of_x[..., past:], None if state is None else of_x[..., :past], of_weight, of_bias if bias is not None else None]
+    return [g.contiguous() for g in got if g is not None]
 
 
 dense = Op(
     "causal_conv1d_dense",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
+    "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
     reference=_reference_dense,
-    fake=lambda x, weight, bias, packed, dilation, groups: x.new_empty(
-        x.shape[0], weight.shape[0], x.shape[2] - (weight.shape[2] - 1) * dilation
-    ),
-    differentiable=("x", "weight", "bias"),
+    fake=lambda x, state, weight, bias, packed, dilation, groups: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
+    differentiable=("x", "state", "weight", "bias"),
+)
+
+
+gated = Op(
+    "causal_conv1d_gated",
+    "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, Tensor? condition, int dilation) -> Tensor",
+    reference=_reference_gated,
+    fake=lambda x, state, weight, bias, packed, condition, dilation: x.new_empty(x.shape[0], weight.shape[0] // 2, x.shape[2]),
 )
 
 
@@ -292,6 +338,13 @@ def _several_channels(x, weight, bias=None, initial_state=None, dilation=3):
 
 
 _several_channels.__name__ = "causal_conv1d_dense"
+
+
+def _with_gate(x, weight, bias=None, condition=None, initial_state=None):
+    return causal_conv1d(x, weight, bias, dilation=4, activation="gated", initial_state=initial_state, condition=condition)
+
+
+_with_gate.__name__ = "causal_conv1d_gated"
 
 
 def _on_a_copy(x, state, weight, bias=None, state_indices=None, **options):
@@ -325,6 +378,18 @@ def _dense_with_state(make, shape):
     return arguments | {"initial_state": make((*arguments["x"].shape[:2], 3))}
 
 
+def _gated_arguments(make, shape):
+    arguments = _dense_arguments(None)(make, shape)
+    n, c, length = arguments["x"].shape
+    return arguments | {"condition": make((n, 2 * c, length))}
+
+
+def _gated_with_state(make, shape):
+    arguments = _dense_arguments(10)(make, shape)
+    n, c, length = arguments["x"].shape
+    return arguments | {"condition": make((n, 10, 1)), "initial_state": make((n, c, 4))}
+
+
 def _with_state(make, shape):
     arguments = _taps(3)(make, shape)
     n, c, _ = arguments["x"].shape
@@ -351,6 +416,11 @@ def _eager(x, weight, bias):
 
 def _eager_dense(x, weight, bias):
     return F.conv1d(F.pad(x, (4, 0)), weight, bias, dilation=4)
+
+
+def _eager_gated(x, weight, bias, condition):
+    a, b = (F.conv1d(F.pad(x, (4, 0)), weight, bias, dilation=4) + condition).chunk(2, 1)
+    return torch.tanh(a) * torch.sigmoid(b)
 
 
 def _step_arguments(make, shape):
@@ -402,6 +472,17 @@ CASES = (
         bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
         bench_shapes=((4, 64, 4096), (1, 128, 1024), (8, 32, 1024), (1, 64, 1)),
         bench_variant={"dilation": 4},
+    ),
+    Case(
+        _with_gate,
+        _gated_arguments,
+        forms=(_gated_with_state,),
+        shapes=((2, 3, 53), (0, 2, 4)),
+        large=(3, 32, 1024),
+        eager=_eager_gated,
+        constants=None,
+        bytes=lambda shape, size: 4 * size * math.prod(shape),
+        bench_shapes=((4, 64, 4096), (1, 128, 1024), (8, 32, 1024), (1, 64, 1)),
     ),
     Case(
         _on_a_copy,

@@ -34,7 +34,7 @@ def gated_activation(x, condition=None, *, colors=1, layout="grouped"):
         check_float(op, "condition", condition)
         check_device(op, "condition", condition, "x", x)
         if condition.shape != x.shape:
-            condition = _expanded(condition, x)
+            condition = expanded(op, condition, x.shape)
     x, condition = same_precision((x, condition))
     if layout == "interleaved" or colors == 1:
         return _op(x, condition)
@@ -43,12 +43,12 @@ def gated_activation(x, condition=None, *, colors=1, layout="grouped"):
     return y.reshape(x.shape[0], x.shape[1] // 2, *x.shape[2:])
 
 
-def _expanded(condition, x):
+def expanded(op, condition, shape):
     try:
-        return condition.expand_as(x)
+        return condition.expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"gated_activation: condition must broadcast to the shape of x, got {tuple(condition.shape)} and {tuple(x.shape)}"
+            f"{op}: condition must broadcast to what it is added to, got {tuple(condition.shape)} and {tuple(shape)}"
         ) from None
 
 

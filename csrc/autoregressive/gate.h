@@ -1,0 +1,33 @@
+// tanh(a) sigmoid(b), the gate of WaveNet and Gated PixelCNN.
+#pragma once
+#include "lanes.h"
+
+namespace gk {
+
+template <class V>
+GK_FN V gate(V a, V b) {
+  return tanh(a) * sigmoid(b);
+}
+
+#ifndef __CUDACC__
+struct ExpParts {  // e^x = power (1 + tail) for x <= 0; at least e^-87
+  lane_f32 power, tail;
+};
+GK_FN ExpParts exp_parts(lane_f32 x) {
+  const lane_f32 magic = splat<lane_f32>(12582912.0);
+  x = x < -87.0f ? splat<lane_f32>(-87.0) : x;  // keeps NaN
+  const lane_f32 n = fma(x, splat<lane_f32>(1.44269504), magic) - magic;
+  const lane_f32 r = fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), x));
+  return {(lane_f32)((to_int(n) + 127) << 23), fma(exp_tail_polynomial(r), r * r, r)};
+}
+// With u = e^-2|a| and s = e^-|b|: (1 - u) / (1 + u) times s or 1 over 1 + s, in one division of ordinary numbers.
+GK_FN lane_f32 gate(lane_f32 a, lane_f32 b) {
+  const ExpParts u = exp_parts(a < 0 ? a + a : -(a + a)), s = exp_parts(b < 0 ? b : -b);
+  const lane_f32 u_minus_1 = fma(u.power, u.tail, u.power - 1.0f), whole = fma(s.power, s.tail, s.power);
+  const lane_f32 top = (b < 0 ? whole : splat<lane_f32>(1)) * u_minus_1,
+                 quotient = divide(top, (u_minus_1 + 2.0f) * (whole + 1.0f));
+  return a < 0 ? quotient : -quotient;
+}
+#endif
+
+}  // namespace gk
