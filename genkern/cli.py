@@ -542,9 +542,7 @@ def _grid(model, values):
 
     if values.dim() < 4:
         shape = tuple(values.shape[1:])
-        raise ValueError(
-            f"samples of this {type(model).__name__} are no images but {shape}: give an --out of .npy, or of .txt for text"
-        )
+        raise ValueError(f"samples of {type(model).__name__} are no images but {shape}: give an --out of .npy, or .txt for text")
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 

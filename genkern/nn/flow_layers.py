@@ -219,7 +219,9 @@ class AffineCoupling(_Coupling):
 
     safe_inverse = True
 
-    def __init__(self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None, learned_limit=False):
+    def __init__(
+        self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None, learned_limit=False
+    ):
         super().__init__(network, channels, changed, mask)
         check_choice("AffineCoupling", "scale", scale, SCALES)
         if learned_limit and scale != "tanh":
