@@ -96,11 +96,13 @@ void gather(const DenseJob<S>& job, int64_t group, int64_t first, int64_t count,
 }
 
 template <class S>
-struct Buffers {  // of one thread
+struct Buffers {  // of one thread, for units of `width` columns of which there are `columns`
   std::vector<S> in, out, condition;
-  explicit Buffers(const DenseJob<S>& job, int64_t width)
-      : in(static_cast<size_t>(job.weights.depth * width)), out(static_cast<size_t>((job.weights.blocks() + 1) * kBlock * width)) {
-    if (job.condition.data) condition.resize(out.size());
+  Buffers(const DenseJob<S>& job, int64_t width, int64_t columns) {
+    const int64_t tile = Tile<S>::kColumns, rows = (job.weights.blocks() + 1) * kBlock;
+    in.resize(static_cast<size_t>(job.weights.depth * std::min(width, (columns + tile - 1) / tile * tile)));
+    out.resize(static_cast<size_t>(rows * width));
+    if (job.condition.data) condition.resize(static_cast<size_t>(std::max(2 * width, rows) + kBlock));
   }
 };
 
@@ -161,7 +163,7 @@ void dense(const DenseJob<S>& job) {
   const auto in_units = [&](int64_t from, int64_t end_column, int64_t width, auto&& kernel) {
     const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, job.group_size() * width));
     torch::stable::parallel_for(0, (end_column - from + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
-      Buffers<S> buffers(job, width);
+      Buffers<S> buffers(job, width, end_column - from);
       for (int64_t unit = begin; unit < end; unit++)
         for (int64_t g = 0; g < job.groups; g++) {
           Weights<S> weights = job.weights;

@@ -34,6 +34,8 @@ class WaveNetSteps:
 
     def step(self, x, *conditions):
         """(N, outputs, 1) from x (N, R, 1) and the conditions of conv1x1c and conv1x1g, (N, channels, 1) or None."""
+        if len(x) != len(self.past):
+            raise ValueError(f"WaveNet: the state is of a batch of {len(self.past)}, the step of {len(x)}")
         condition = None
         for given, projection in zip(conditions, self.projections, strict=True):
             if given is not None:

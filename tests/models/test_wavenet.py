@@ -59,6 +59,8 @@ def test_chunks_and_single_samples_hand_on_their_state():
         outputs.append(out)
         at += size
     assert at == 90 and torch.equal(torch.cat(outputs, 2), parallel)
+    with pytest.raises(ValueError, match="batch of 3"):
+        model.step(x[:1, :, :1], state, labels=labels[:1], condition=condition[:1, :, :1])
 
 
 def test_threads_do_not_change_a_bit():
