@@ -171,7 +171,7 @@ class _Block(nn.Module):
 
     def forward(self, x, cache, seen):
         n, length, width = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.attention_norm(x)).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None
         if cache is not None:
             cache[0, :, :, seen : seen + length], cache[1, :, :, seen : seen + length] = k, v
