@@ -105,3 +105,17 @@ def test_bad_arguments(change, words):
         nn.MaskedConv2d(3, 3, 3, mask_type="C")
     with pytest.raises(ValueError, match="must be odd"):
         nn.MaskedConv2d(3, 3, 4, mask_type="A")
+
+
+def test_bits_do_not_depend_on_batch_size_or_threads():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 6, 19, 21), torch.randn(13, 6, 5, 5)
+    layer = lambda x: ops.masked_conv2d(x, weight, mask_type="A")
+    whole, threads = layer(x), torch.get_num_threads()
+    assert torch.equal(torch.cat([layer(part) for part in x.split(1)]), whole)
+    assert torch.equal(layer(x[:, :, :7]), whole[:, :, :7])  # the rows below are not looked at
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(layer(x), whole)
+    finally:
+        torch.set_num_threads(threads)
