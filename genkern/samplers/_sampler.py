@@ -81,9 +81,9 @@ class Sampler:
             result.append([1 - g, g, *row.data, *sample, *history, rows[i + 1].scale if i + 1 < len(rows) else 1.0, *variance])
         return torch.tensor(result, dtype=torch.float64)
 
-    def _prepare(self, begin, interval, dtype, device):
-        """(rows, table, times (evaluations,)) from point `begin` on, kept for the next call that asks the same."""
-        asked = begin, interval, dtype, device
+    def _prepare(self, begin, interval, dtype):
+        """(rows, table, times (evaluations,)), on the CPU, from point `begin` on, kept for the next call that asks the same."""
+        asked = begin, interval, dtype
         if (prepared := self._kept.get(asked)) is None:
             rows = self.rows(self.grid.since(begin))
             guidance = None
@@ -96,7 +96,7 @@ class Sampler:
             table = self.table(rows, guidance).to(torch.float64 if wide else torch.float32)
             if len(self._kept) >= 8:
                 self._kept.clear()
-            prepared = self._kept[asked] = rows, table.to(device), times.to(device)
+            prepared = self._kept[asked] = rows, table, times
         return prepared
 
     @torch.no_grad()
@@ -182,7 +182,8 @@ class Sampler:
         grid = self.grid.since(begin)
         guided = guidance_scale is not None
         interval = (*map(float, guidance_interval), float(guidance_scale)) if guided else None
-        rows, table, times = self._prepare(begin, interval, dtype, device)
+        rows, table, times = self._prepare(begin, interval, dtype)
+        table, times = table.to(device), times.to(device)
         noisy = [row.sample.get("n", 0.0) != 0.0 for row in rows]
 
         keys = None
