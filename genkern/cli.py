@@ -36,7 +36,11 @@ def main(argv=None):
         hint = f"; did you mean {close[0]!r}?" if close else f"; the commands are {', '.join(COMMANDS)}"
         print(f"genkern: no command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    return int(COMMANDS[argv[0]](argv[1:]) or 0)
+    try:
+        return int(COMMANDS[argv[0]](argv[1:]) or 0)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain again on closing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 @command
@@ -53,11 +57,12 @@ def info(argv):
     if build:
         stale = ", STALE: the sources have changed since; run python -m genkern build" if build.get("stale") else ""
         print(f"built {build['built_at']} with torch {build.get('torch_headers', '?')} headers{stale}")
+    missing = {part: entry for part, entry in (build.get("parts") or {}).items() if not entry["built"]}
     for part, library in report["libraries"].items():
-        print(f"  {part:9} {library['path'] or ''} {library['why'] or 'loaded'}")
-    for part, entry in (build.get("parts") or {}).items():
-        if not entry["built"]:
-            print(f"  {part:9} not built: {entry['why'].strip().splitlines()[-1]}\n            mend: {entry['mend']}")
+        if part not in missing:
+            print(f"  {part:9} {library['why'] or 'loaded'}" + (f" ({library['path']})" if library["path"] else ""))
+    for part, entry in missing.items():
+        print(f"  {part:9} not built: {entry['why'].strip().splitlines()[-1]}\n            mend: {entry['mend']}")
     device_types = list(report["active"])
     width = max(map(len, report["ops"])) + 2
     print(f"\n{'op':{width}}" + "".join(f"{d:12}" for d in device_types) + "why not the fast one")
@@ -111,15 +116,16 @@ def verify(argv):
     from genkern.testing import verify as run
 
     with _words("verify"):
-        device = _device(arguments.device).split(":")[0]
-    verdicts = run(device)
-    for name, verdict in verdicts.items():
-        print(f"{name:40} {verdict}")
+        device = usable_device(arguments.device).type
+    print(f"every kernel for {device} tensors against its reference, at small sizes; this takes a minute or a few", flush=True)
+    verdicts = run(device, lambda name, verdict: print(f"{name:40} {verdict}", flush=True))
+    failed = sum(verdict != "passed" for verdict in verdicts.values())
+    print(f"{len(verdicts) - failed} passed, {failed} failed" if verdicts else f"no kernels exist for {device} tensors: genkern info")
     if device == "cuda":
         from genkern.core._verified import save_verdicts
 
         print("kept in", save_verdicts(verdicts))
-    return any(verdict != "passed" for verdict in verdicts.values())
+    return failed or not verdicts
 
 
 @command
@@ -174,7 +180,7 @@ def train(argv):
         from genkern.train import fit
 
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
-        device = _device(arguments["device"], int(os.environ.get("LOCAL_RANK", 0)))
+        device = usable_device(arguments["device"])
         source = data.load(arguments["data"], window=arguments["window"])
         torch.manual_seed(arguments["seed"])
         model = kind(kind.config_for(source, **given[kind.Config])).to(device)
@@ -360,7 +366,7 @@ def model_names():
     """{name at the command line: class}: BetaVAE is beta-vae."""
     from genkern.models._base import MODELS
 
-    return {_kebab(name): kind for name, kind in sorted(MODELS.items()) if hasattr(kind, "Config")}
+    return dict(sorted((_kebab(name), kind) for name, kind in MODELS.items() if hasattr(kind, "Config")))
 
 
 def model_class(name):
@@ -385,9 +391,26 @@ def load_run(folder, device=None):
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
-    model = models.load(folder).to(_device(device))
-    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-    return model, run
+    device, run = usable_device(device), {}
+    if (folder / "run.json").exists():
+        try:
+            run = json.loads((folder / "run.json").read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder / 'run.json'} cannot be used: {error}") from error
+        if not isinstance(run, dict) or not isinstance(run.get("data", ""), str):
+            raise ValueError(f"{folder / 'run.json'} cannot be used: it must be an object, and its data a name")
+    return models.load(folder).to(device), run
+
+
+def usable_device(name=None):
+    """The torch device of that name, by default this process's GPU where there is one; ValueError where it cannot be used."""
+    import torch
+
+    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -412,19 +435,6 @@ def _not_negative(text):
 
 
 _positive.__name__ = _not_negative.__name__ = "int"  # what argparse names in its error
-
-
-def _device(name, local=0):
-    """The name of a device that is here: by default the GPU of this number, where there is one."""
-    import torch
-
-    if name is None:
-        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return name
 
 
 def _writable(out, *suffixes):

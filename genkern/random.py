@@ -19,6 +19,7 @@ the torch reference. Formulas: genkern/ops/random/_random.py.
 import math
 
 import torch
+from torch.compiler import is_compiling
 
 from genkern.core._op import transforming
 from genkern.ops._common import check_device, check_number, check_tensor
@@ -70,7 +71,7 @@ def draw_key(generator=None, device="cpu"):
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         device = torch.device("cpu")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if generator is not None:
             raise ValueError("generator= works in eager mode only; under torch.compile pass key=")
         return torch.ops.genkern._draw_key.default(device)
@@ -254,6 +255,8 @@ def key_for(op, key, generator, x):
 
 def beside(key, out):
     """The key where the kernel can read it: one key on the CPU goes along as two numbers, everything else lies on out's device."""
+    if key.is_cpu and out.is_cpu:
+        return key.contiguous()
     if key.device != out.device and not (key.device.type == "cpu" and (key.dim() == 1 or out.device.type != "cuda")):
         if key.device.type == "meta":
             raise ValueError(f"key must be on the CPU or on {out.device}, got a key on meta, which has no numbers")

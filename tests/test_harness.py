@@ -15,8 +15,8 @@ import torch.autograd.forward_ad as forward_ad
 
 import genkern.testing
 from genkern import core, random
-from genkern.ops import gaussian_kl, reparameterize, reparameterize_kl
-from genkern.testing import Make, all_cases, bench, check, refuse_wide_types, verify
+from genkern.ops import gaussian_kl, reparameterize, reparameterize_kl, sampler_step
+from genkern.testing import Fences, Make, all_cases, bench, check, refuse_wide_types, verify
 
 KEY = random.key(3)
 CASES = all_cases()
@@ -110,6 +110,44 @@ def test_an_element_never_written_is_found(sabotage):
 
 
 @needs_cpu_kernels
+@pytest.mark.parametrize(("offset", "side"), [(-1, "before"), (15, "behind")])
+def test_a_write_beside_an_output_is_found(offset, side, sabotage):
+    def spoil(z, args):
+        z.as_strided((), (), z.storage_offset() + offset).fill_(1)
+        return z
+
+    sabotage("reparameterize", spoil)
+    with pytest.raises(AssertionError, match=f"reparameterize on cpu.*4 bytes {side} a tensor of 60 bytes were written to"):
+        check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+@needs_cpu_kernels
+def test_a_write_beside_an_argument_is_found(sabotage):
+    def spoil(z, args):
+        args[0].detach().as_strided((), (), args[0].storage_offset() + 15).fill_(1)
+        return z
+
+    sabotage("reparameterize", spoil)
+    with pytest.raises(AssertionError, match="behind a tensor of 60 bytes were written to"):
+        check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+@pytest.mark.parametrize("backend", genkern.testing.backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_steps_write_nothing_beside_out(backend, dtype):
+    fences, make = Fences(), Make(dtype)
+    if core.OPS["sampler_step"].available("cpu")[backend] is not None:
+        pytest.skip(f"sampler_step has no {backend} kernel here")
+    for shape in ((1, 1), (2, 7), (3, 17), (1, 1031)):
+        x, twice, table = make(shape), make((2 * shape[0], *shape[1:])), make((2, 19)).to(torch.promote_types(dtype, torch.float32))
+        out, history, both = fences.around(x), fences.around(x), fences.around(twice)
+        with genkern.backend(backend), fences:
+            got = sampler_step(x, twice, table, 1, x, x, x, key=KEY, out=out, history_out=history, input_out=both)
+        fences.check(f"sampler_step on {backend}, {dtype}, {shape}")
+        assert all(a is b for a, b in zip(got, (out, history, both), strict=True)) and all(t.isfinite().all() for t in got)
+
+
+@needs_cpu_kernels
 def test_a_kernel_wrong_for_one_form_only_is_found(sabotage):
     """Right for the standard prior, wrong for a learned one: the forms of the case and verify see it."""
     case = CASES["gaussian_kl"]
@@ -188,6 +226,15 @@ def test_bench_takes_right_draws_of_every_type(dtype, capsys):
 
 
 @needs_cpu_kernels
+def test_bench_writes_a_row_for_each_number_of_threads(tmp_path, capsys):
+    out = tmp_path / "a.json"
+    assert bench.main(["random_uniform", "--shape", "64", "--quick", "--threads", "1,2", "--json", str(out)]) == 0
+    run = json.loads(out.read_text())
+    assert [r["threads"] for r in run["results"]] == run["machine"]["threads"] == [1, 2]
+    assert bench.compare(run, run) == []
+
+
+@needs_cpu_kernels
 def test_bench_refuses_a_wrong_draw(monkeypatch, capsys):
     op = core.OPS["random_uniform"]
     monkeypatch.setitem(op._forward, "cpu", lambda key, out, a, b: out.zero_())
@@ -196,11 +243,11 @@ def test_bench_refuses_a_wrong_draw(monkeypatch, capsys):
 
 
 def test_bench_table_fits_100_columns(capsys):
-    facts = {"cpu": "a processor", "instruction_set": "AVX512", "threads": 1, "torch": "2.13.0+cpu", "genkern": "0.1.0"}
+    facts = {"cpu": "a processor", "instruction_set": "AVX512", "torch": "2.13.0+cpu", "genkern": "0.1.0"}
     contender = {"us": 123456.7, "ratio": 0.91, "ratio_p20": 100.1, "ratio_p80": 100.2, "of_copy": 1.0, "genkern_ratio": 100.1}
     contender["peak_bytes"] = 1 << 20
     names = ("eager", "genkern", "compile", "copy")
-    result = {"op": "random_exponential", "shape": [8, 4, 128, 128], "mode": "forward+backward"}
+    result = {"op": "random_exponential", "shape": [8, 4, 128, 128], "mode": "forward+backward", "threads": 2}
     bench.print_header(facts)
     bench.print_row(result | {"contenders": {name: contender for name in names}})
     lines = capsys.readouterr().out.splitlines()

@@ -3,39 +3,36 @@
 //   m = g_u u + g_c c,   y = clip(a x + b m),   every output = C . [x, m, y, noise, h1, h2, h3]
 //
 // The coefficients are row inputs: one row of a table, chosen by a number or by a tensor of step indices (one, or one per sample).
-// One functor serves every combination of guidance, history, given noise and outputs: what is absent is an Array without data, and a
-// branch that goes the same way for every vector costs less than eighty functors take to compile.
+// Few functors serve all combinations of guidance, history, noise and outputs: what is absent is an Array without data, and a branch
+// that goes the same way for every vector costs less than eighty functors take to compile.
 #include "sampler_step.h"
 
 namespace gk {
 namespace {
 
-constexpr int kHistory = 3, kTerms = 4 + kHistory;  // x, m, y, noise, then the history
-enum In { kX, kU, kC, kPast, kNoise = kPast + kHistory, kStepInputs };  // u: the one output of the model without guidance
+constexpr int kHistory = 3, kTerms = 4;  // of an output: x, m, y, noise; then the history
+enum In { kX, kU, kC, kNoise, kPast, kStepInputs = kPast + kHistory };  // u: the one output of the model without guidance
 enum Out { kNext, kNextPast, kNextInput, kStepOutputs = kNextInput + 2 };
-enum Row { kGuidance, kPrediction = 2, kSample = 4, kPastRow = kSample + kTerms, kScale = kPastRow + kTerms, kStepRows };
+enum Row {
+  kGuidance, kPrediction = 2,
+  kSample = 4, kSampleOnPast = kSample + kTerms,
+  kPastRow = kSampleOnPast + kHistory, kPastOnPast = kPastRow + kTerms,
+  kScale = kPastOnPast + kHistory, kStepRows
+};
 #ifdef GK_GPU
 constexpr int kGuidanceInputs = 5;  // the moments
 #else
 constexpr int kGuidanceInputs = 2;  // the weights
 #endif
 
-template <class Distribution>
+template <class Distribution, bool kMore>  // kMore: a history, or the next model input
 struct SamplerStep {
-  static constexpr int kInputs = kStepInputs, kRowInputs = kStepRows, kOutputs = kStepOutputs, kSums = 0;
+  static constexpr int kInputs = kMore ? kStepInputs : kPast, kRowInputs = kMore ? kStepRows : kSampleOnPast;
+  static constexpr int kOutputs = kMore ? kStepOutputs : 1, kSums = 0;
   Distribution noise;
   double clip;
   int history;  // terms
   bool guided, noisy, next_input;
-
-  template <class V>
-  GK_FN V combine(const V* c, V x, V m, V y, V eps, const V* past) const {
-    V sum = fma(c[0], x, fma(c[1], m, c[2] * y));
-    if (noisy) sum = fma(c[3], eps, sum);
-    for (int k = 0; k < kHistory; k++)
-      if (k < history) sum = fma(c[4 + k], past[k], sum);
-    return sum;
-  }
 
   template <class V>
   GK_FN V model_output(const V* in, const V* row) const {
@@ -50,10 +47,22 @@ struct SamplerStep {
   }
 
   template <class V>
+  GK_FN V combine(const V* c, V x, V m, V y, V eps, const V* past) const {
+    V sum = fma(c[0], x, fma(c[1], m, c[2] * y));
+    if (noisy) sum = fma(c[3], eps, sum);
+    if constexpr (kMore)
+      for (int k = 0; k < kHistory; k++)
+        if (k < history) sum = fma(c[kTerms + k], past[k], sum);
+    return sum;
+  }
+
+  template <class V>
   GK_FN void put(V x, V m, V y, V eps, const V* past, const V* row, V* out) const {
     out[kNext] = combine(row + kSample, x, m, y, eps, past);
-    out[kNextPast] = history ? combine(row + kPastRow, x, m, y, eps, past) : V{};
-    out[kNextInput] = out[kNextInput + 1] = next_input ? out[kNext] * row[kScale] : V{};
+    if constexpr (kMore) {
+      out[kNextPast] = history ? combine(row + kPastRow, x, m, y, eps, past) : V{};
+      out[kNextInput] = out[kNextInput + 1] = next_input ? out[kNext] * row[kScale] : V{};
+    }
   }
 
   template <class V>
@@ -65,7 +74,7 @@ struct SamplerStep {
 
 // With adaptive guidance, a threshold per sample, or a learned variance.
 template <class Distribution>
-struct AdaptiveStep : SamplerStep<Distribution> {
+struct AdaptiveStep : SamplerStep<Distribution, true> {
   static constexpr int kInputs = kStepInputs + 1;
   // Behind the columns of the table: the logarithms of the least and the largest variance, the bound, guidance.
   static constexpr int kRowInputs = kStepRows + 3 + kGuidanceInputs;
@@ -107,33 +116,35 @@ struct Arguments {
   double clip;
   AdaptiveGuidance guidance;
   bool learned;
+  int terms() const { return history[2] ? 3 : history[1] ? 2 : history[0] ? 1 : 0; }  // of history
+  int scale_column() const { return kSample + 2 * (kTerms + terms()); }
 };
 
-Array array_of(const std::optional<Rows>& rows) { return rows ? rows->array() : Array{}; }
-
-// The inputs, row inputs and outputs that both functors have; the rest stays absent.
+// Fills in what all functors have and runs; the rest of `in` and `row` is there or absent.
 template <class F>
 void run(F f, const Arguments& a, const Tensor& like, Arrays<F::kInputs> in, Arrays<F::kRowInputs> row) {
   const int64_t samples = a.x.shape().rows;
+  const int history = a.terms();
   Arrays<F::kOutputs> out{};
-  f.clip = a.clip;
-  f.guided = a.raw.shape().rows != samples;
-  f.noisy = a.key || a.noise;
-  f.next_input = a.input_out.has_value();
+  f.clip = a.clip, f.history = history;
+  f.guided = a.raw.shape().rows != samples, f.noisy = a.key || a.noise, f.next_input = a.input_out.has_value();
   in[kX] = a.x.array();
   in[kU] = a.raw.array();
   if (f.guided) in[kC] = samples_from(in[kU], samples);
-  for (f.history = 0; f.history < kHistory && a.history[f.history]; f.history++) in[kPast + f.history] = a.history[f.history]->array();
-  in[kNoise] = array_of(a.noise);
+  if (a.noise) in[kNoise] = a.noise->array();
   out[kNext] = a.out.array();
-  out[kNextPast] = array_of(a.history_out);
-  out[kNextInput] = array_of(a.input_out);
-  if (f.next_input && f.guided) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
-  const int terms = 4 + f.history;  // columns of the table that an output has
-  for (int k = 0; k < kSample; k++) row[k] = columns_from(a.table, k);
-  for (int k = 0; k < terms; k++) row[kSample + k] = columns_from(a.table, kSample + k);
-  for (int k = 0; k < terms && f.history; k++) row[kPastRow + k] = columns_from(a.table, kSample + terms + k);
-  row[kScale] = columns_from(a.table, kSample + 2 * terms);
+  for (int k = 0; k < kSampleOnPast; k++) row[k] = columns_from(a.table, k);
+  if constexpr (F::kOutputs > 1) {
+    for (int k = 0; k < history; k++) {
+      in[kPast + k] = a.history[k]->array();
+      row[kSampleOnPast + k] = columns_from(a.table, kSampleOnPast + k);
+    }
+    for (int k = 0; k < kTerms + history && history; k++) row[kPastRow + k] = columns_from(a.table, kSampleOnPast + history + k);
+    row[kScale] = columns_from(a.table, a.scale_column());
+    if (a.history_out) out[kNextPast] = a.history_out->array();
+    if (f.next_input) out[kNextInput] = a.input_out->array();
+    if (f.next_input && f.guided) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
+  }
   run_rows(f, a.x.shape(), in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
 }
 
@@ -146,9 +157,7 @@ void run_adaptive(const Arguments& a, const Tensor& like) {
   if (a.learned) {  // the second half of the channels, with the condition; two more columns
     const int64_t outputs = a.raw.shape().rows / std::max<int64_t>(1, a.x.shape().rows);
     in[kStepInputs] = columns_from(samples_from(a.raw.array(), (outputs - 1) * a.x.shape().rows), a.x.shape().width);
-    int history = 0;
-    while (history < kHistory && a.history[history]) history++;
-    for (int k = 0; k < 2; k++) more[k] = columns_from(a.table, kSample + 2 * (4 + history) + 1 + k);
+    for (int k = 0; k < 2; k++) more[k] = columns_from(a.table, a.scale_column() + 1 + k);
   }
   if (a.bound) more[2] = per_row(*a.bound);
   std::vector<float> weights;
@@ -175,8 +184,10 @@ template <class Distribution>
 void run_with_noise(const Arguments& a, const Tensor& like) {
   if (a.moments || a.bound || a.learned)
     run_adaptive<Distribution>(a, like);
+  else if (a.terms() || a.input_out)
+    run(SamplerStep<Distribution, true>{}, a, like, {}, {});
   else
-    run(SamplerStep<Distribution>{}, a, like, {}, {});
+    run(SamplerStep<Distribution, false>{}, a, like, {}, {});
 }
 
 void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps, int64_t step, MaybeTensor h1, MaybeTensor h2,

@@ -83,30 +83,30 @@ struct ArctanScale {  // ln s = limit arctan(u)
   }
 };
 
-// ---- rows: x, shift, raw scale (and mask, the same for all rows) of the transformed elements
+// ---- rows: x, shift, raw scale, [gradient,] mask (the same for all rows, or absent) of the transformed elements
 
-template <class Scale, bool kMask>
+template <class Scale>
 struct Coupling {
-  static constexpr int kInputs = 3 + kMask, kRowInputs = 0, kOutputs = 1, kSums = 1;
+  static constexpr int kInputs = 4, kRowInputs = 0, kOutputs = 1, kSums = 1;
   NoNoise noise;
   Scale map;
-  bool inverse, shift_first;
+  bool inverse, shift_first, masked;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V* out, V* term) const {
     const V x = in[0], t = in[1];
     const Scaled<V> s = map(in[2]);
     out[0] = inverse ? (shift_first ? x / s.scale - t : (x - t) / s.scale) : (shift_first ? (x + t) * s.scale : fma(x, s.scale, t));
     term[0] = inverse ? -s.log_scale : s.log_scale;
-    if constexpr (kMask) out[0] = in[3] == 0 ? x : out[0], term[0] = in[3] == 0 ? V{} : term[0];
+    if (masked) out[0] = in[3] == 0 ? x : out[0], term[0] = in[3] == 0 ? V{} : term[0];
   }
 };
 
-template <class Scale, bool kMask>
+template <class Scale>
 struct CouplingBackward {
-  static constexpr int kInputs = 4 + kMask, kRowInputs = 1, kOutputs = 3, kSums = 0;
+  static constexpr int kInputs = 5, kRowInputs = 1, kOutputs = 3, kSums = 0;
   NoNoise noise;
   Scale map;
-  bool inverse, shift_first;
+  bool inverse, shift_first, masked;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
     const V x = in[0], t = in[1], grad = in[3];
@@ -117,7 +117,7 @@ struct CouplingBackward {
     out[0] = through;
     out[1] = inverse ? (shift_first ? -grad : -through) : (shift_first ? through : grad);
     out[2] = (inverse ? -to_log : to_log) * s.turn;
-    if constexpr (kMask)
+    if (masked)
       out[0] = in[4] == 0 ? grad : out[0], out[1] = in[4] == 0 ? V{} : out[1], out[2] = in[4] == 0 ? V{} : out[2];
   }
 };
@@ -178,13 +178,9 @@ Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const 
   const Rows param_rows(params);
   const Halves halves(x_rows, param_rows, scale_first);
   with_scale(scale, limit, [&](auto map) {
-    const auto with_mask = [&](auto c) {
-      using F = Coupling<decltype(map), c()>;
-      Arrays<F::kInputs> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows)};
-      if constexpr (c()) in[3] = mask_of(mask);
-      run_rows(F{{}, map, inverse, shift_first}, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {per_row(log_det)}, x);
-    };
-    mask ? with_mask(std::true_type{}) : with_mask(std::false_type{});
+    const Coupling<decltype(map)> f{{}, map, inverse, shift_first, mask.has_value()};
+    const Arrays<4> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows), mask_of(mask)};
+    run_rows(f, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {per_row(log_det)}, x);
   });
   return log_det;
 }
@@ -211,15 +207,11 @@ std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det,
   const Halves halves(x_rows, param_rows, scale_first);
   pass_through(grad_rows, d_x_rows, halves, x);
   with_scale(scale, limit, [&](auto map) {
-    const auto with_mask = [&](auto c) {
-      using F = CouplingBackward<decltype(map), c()>;
-      Arrays<F::kInputs> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows),
-                            grad_rows.columns(halves.kept)};
-      if constexpr (c()) in[4] = mask_of(mask);
-      const Arrays<3> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows)};
-      run_rows(F{{}, map, inverse, shift_first}, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
-    };
-    mask ? with_mask(std::true_type{}) : with_mask(std::false_type{});
+    const CouplingBackward<decltype(map)> f{{}, map, inverse, shift_first, mask.has_value()};
+    const Arrays<5> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows),
+                       grad_rows.columns(halves.kept), mask_of(mask)};
+    const Arrays<3> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows)};
+    run_rows(f, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
   });
   return {d_x, d_params};
 }

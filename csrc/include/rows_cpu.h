@@ -32,17 +32,15 @@ inline void float_to_half(const float* from, uint16_t* to, int64_t n) {
 }
 
 template <class S>
-constexpr S kZeros[kTile] = {};  // what an absent array reads as
+inline constexpr S kZeros[kTile] = {};  // what an absent array reads as
 
-// Elements [0, n) of a row from column `column` on, as S: in place where the storage is S, else converted into buffer.
+// Elements [0, n) of a row from column `column` on, as S: in place where the storage is S, else converted into buffer. What is long
+// and not a functor stays out of line, so that it is compiled once.
 inline const double* read(const Array& a, int64_t row, int64_t column, int64_t, double*) {
   if (!a.data) return kZeros<double>;
   return static_cast<const double*>(a.data) + row * a.row_stride + column;
 }
-inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n, float* buffer) {
-  const int64_t at = row * a.row_stride + column;
-  if (!a.data) return kZeros<float>;
-  if (a.storage == Storage::kFloat) return static_cast<const float*>(a.data) + at;
+__attribute__((noinline)) inline const float* widen(const Array& a, int64_t at, int64_t n, float* buffer) {
   if (a.storage == Storage::kHalf) {
     half_to_float(static_cast<const uint16_t*>(a.data) + at, buffer, n);
   } else if (a.storage == Storage::kBFloat16) {
@@ -54,6 +52,11 @@ inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n,
   }
   return buffer;
 }
+inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n, float* buffer) {
+  const int64_t at = row * a.row_stride + column;
+  if (!a.data) return kZeros<float>;
+  return a.storage == Storage::kFloat ? static_cast<const float*>(a.data) + at : widen(a, at, n, buffer);
+}
 // Where results of S for those elements go: straight to memory, or to a buffer that write() converts.
 template <class S>
 S* place(const Array& a, int64_t row, int64_t column, S* buffer) {
@@ -61,7 +64,7 @@ S* place(const Array& a, int64_t row, int64_t column, S* buffer) {
   return direct ? static_cast<S*>(a.data) + row * a.row_stride + column : buffer;
 }
 template <class S>
-void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t n) {
+__attribute__((noinline)) void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t n) {
   const int64_t at = row * a.row_stride + column;
   if (!a.data) return;
   if (a.storage == Storage::kByte) {
@@ -94,10 +97,11 @@ struct Vector<double> {
   using type = double;
 };
 
+constexpr int64_t kAhead = 512;  // elements: the processor's own prefetch stops at the end of every page of memory
 constexpr int64_t kNoiseRoom = kTile + 8 * kLanes;
 
 template <class N>
-const float* fill_noise(const N& distribution, float* buffer, Key key, uint64_t first, int64_t count) {
+__attribute__((noinline)) const float* fill_noise(const N& distribution, float* buffer, Key key, uint64_t first, int64_t count) {
   const int64_t skip = static_cast<int64_t>(first % 4);
   lane_u32 words[4];
   lane_f32 values[4];
@@ -113,7 +117,7 @@ const float* fill_noise(const N& distribution, float* buffer, Key key, uint64_t 
   return buffer + skip;
 }
 template <class N>
-const double* fill_noise(const N& distribution, double* buffer, Key key, uint64_t first, int64_t count) {
+__attribute__((noinline)) const double* fill_noise(const N& distribution, double* buffer, Key key, uint64_t first, int64_t count) {
   const int64_t skip = static_cast<int64_t>(first % 2);
   for (int64_t done = -skip; done < count; done += 2) {
     uint32_t words[4];
@@ -133,7 +137,8 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   const S* in[F::kInputs + 1];
   S* out[F::kOutputs + 1];
   V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
-  constexpr int kChains = F::kSums ? 4 : 1;  // of additions, independent: equal terms round the same way, so a long chain drifts
+  // Independent chains of additions: equal terms round the same way, so a long chain of floats drifts.
+  constexpr int kChains = F::kSums && kCount > 1 ? 4 : 1;
   V chain[kChains][F::kSums + 1];
   for (int k = 0; k < F::kInputs; k++) in[k] = read(job.in[k], row, column, n, buffers[k]);
   for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
@@ -144,21 +149,20 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   for (auto& total : chain)
     for (int k = 0; k < F::kSums; k++) total[k] = V{};
   int64_t i = 0;
-  const auto whole = [&](int64_t at, V* total) {
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at);
-    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]);
-    for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
-  };
   for (; i + kChains * kCount <= n; i += kChains * kCount)
-    for (int c = 0; c < kChains; c++) whole(i + c * kCount, chain[c]);
-  for (; i + kCount <= n; i += kCount) whole(i, chain[0]);
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_first(in[k] + i, rest, V{});
+    for (int c = 0; c < kChains; c++) {
+      const int64_t at = i + c * kCount;
+      for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
+      job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
+      for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
+      for (int k = 0; k < F::kSums; k++) chain[c][k] = chain[c][k] + term[k];
+    }
+  for (; kCount > 1 && i < n; i += kCount) {  // what is left, whole or not, in one copy of the functor: they take long to compile
+    const int rest = static_cast<int>(std::min<int64_t>(kCount, n - i));
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = rest == kCount ? load<V>(in[k] + i) : load_first(in[k] + i, rest, V{});
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store_first(out[k] + i, out_lane[k], rest);
-    for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + keep_first(term[k], rest);
+    for (int k = 0; k < F::kOutputs; k++) rest == kCount ? store(out[k] + i, out_lane[k]) : store_first(out[k] + i, out_lane[k], rest);
+    for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + (rest == kCount ? term[k] : keep_first(term[k], rest));
   }
   for (int k = 0; k < F::kOutputs; k++)
     if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
@@ -172,7 +176,7 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
 // ---- rows narrower than a vector: as many as fit in a tile side by side, so that no lane runs empty
 
 template <class S>
-const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
+__attribute__((noinline)) const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
   if (a.row_stride == width) return read(a, row0, 0, rows * width, buffer);
   for (int64_t row = 0; row < rows; row++) {
     S* to = buffer + row * width;
@@ -183,7 +187,7 @@ const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buff
   return buffer;
 }
 template <class S>
-void unpack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
+__attribute__((noinline)) void unpack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
   for (int64_t row = 0; row < rows; row++) {
     S* from = buffer + row * width;
     S* to = place(a, row0 + row, 0, from);
@@ -233,13 +237,13 @@ void run_packed(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise
 
 template <class S, class F>
 void drive_rows(const RowJob<F>& job, const Tensor&) {
-  constexpr int kSums = F::kSums;
-  constexpr int64_t tile = 64 * Lane<typename Vector<S>::type>::kCount;  // a lane adds 64 terms, then the total continues in double
+  constexpr int kSums = F::kSums, kCount = Lane<typename Vector<S>::type>::kCount;
+  constexpr int64_t tile = 64 * kCount;  // a lane adds 64 terms, then the total continues in double
   static_assert(tile <= kTile, "buffers hold a tile");
   const int64_t tiles = std::max<int64_t>(1, (job.width + tile - 1) / tile);  // per row
   const int64_t rows_per_unit = std::max<int64_t>(1, tile / std::max<int64_t>(1, job.width));
   const int64_t units = tiles > 1 ? job.rows * tiles : (job.rows + rows_per_unit - 1) / rows_per_unit;
-  const bool packed = job.width < Lane<typename Vector<S>::type>::kCount && job.rows > 1 && job.keys.stride == 0;
+  const bool packed = job.width < kCount && job.rows > 1 && job.keys.stride == 0;
   std::vector<double> partial(kSums && tiles > 1 ? static_cast<size_t>(units * kSums) : 0);
   torch::stable::parallel_for(0, units, 16 * kTile / tile, [&](int64_t begin, int64_t end) {
     alignas(64) S buffers[F::kInputs + F::kRowInputs + F::kOutputs + F::kSums + 1][kTile];
@@ -254,10 +258,11 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
       if constexpr (has_noise<F>)
         if (job.keys.stride == 0)
           noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(0), static_cast<uint64_t>(row0 * job.width + column), rows * n);
-      if (packed) {
-        run_packed<F, S>(job, row0, rows, noise, buffers);
-        continue;
-      }
+      if constexpr (kCount > 1)
+        if (packed) {
+          run_packed<F, S>(job, row0, rows, noise, buffers);
+          continue;
+        }
       for (int64_t row = row0; row < row0 + rows; row++) {
         const S* row_noise = noise;
         if constexpr (has_noise<F>) {

@@ -11,9 +11,9 @@ Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTe
   const ScalarType type = sum_type(log_var ? promote(mu.scalar_type(), log_var->scalar_type()) : mu.scalar_type());
   const int64_t n = q.shape().rows;
   Tensor kl = per_element ? empty_like_mu(mu, !log_var, type) : torch::stable::new_empty(mu, {n}, type);
-  with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
-    using F = GaussianKl<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, free_bits};
+  with_types(prior.has_value(), per_element, [&](auto has_prior, auto element) {
+    using F = GaussianKl<has_prior(), element()>;
+    const F f{{}, {low, high, soft}, free_bits};
     const auto in = arrays_of<F::kInputs>(q, prior);
     if constexpr (element()) run_rows(f, q.shape(), in, {}, {Rows(kl).array()}, {}, mu);
     else run_rows(f, q.shape(), in, {}, {}, {per_row(kl)}, mu);
@@ -29,9 +29,9 @@ std::vector<Tensor> gaussian_kl_backward(Tensor grad, Tensor mu, MaybeTensor log
   const MomentsGradient d(mu, log_var, &gradients);
   std::optional<MomentsGradient> d_prior;
   if (prior) d_prior.emplace(*prior_mu, prior_log_var, &gradients);
-  with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
-    using F = GaussianKlBackward<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, free_bits};
+  with_types(prior.has_value(), per_element, [&](auto has_prior, auto element) {
+    using F = GaussianKlBackward<has_prior(), element()>;
+    const F f{{}, {low, high, soft}, free_bits};
     Arrays<F::kOutputs> out{d.mu(), d.log_var()};
     if constexpr (has_prior()) out[2] = d_prior->mu(), out[3] = d_prior->log_var();
     if constexpr (element()) {

@@ -5,34 +5,31 @@
 
 namespace gk {
 
-// ---- clamps of (mu, log_var): value and derivative
+// ---- the clamp of (mu, log_var): value and derivative
 
-struct HardClamp {  // log_var to [low, high]; no clamp is (-inf, inf). The gradient is zero outside
-  double low, high;
+struct Clamp {
+  double low, high;  // of log_var; no clamp is (-inf, inf). The gradient is zero outside
+  bool soft;         // instead NVAE's (Vahdat & Kautz, 2020): 5 tanh(x / 5) on the mean and on the log standard deviation
   template <class V>
   GK_FN void operator()(V* mu, V* log_var, V* d_mu, V* d_log_var) const {
+    if (soft) {
+      const V s = tanh(*mu * splat<V>(1.0 / 5)), t = tanh(*log_var * splat<V>(1.0 / 10));
+      *mu = s * 5.0f;
+      *log_var = t * 10.0f;
+      *d_mu = 1.0f - s * s;
+      *d_log_var = 1.0f - t * t;
+      return;
+    }
     const V raw = *log_var;
     V v = raw < splat<V>(low) ? splat<V>(low) : raw;  // this order of operands keeps NaN
     v = v > splat<V>(high) ? splat<V>(high) : v;
     *log_var = v;
     *d_mu = splat<V>(1);
     *d_log_var = raw == v ? splat<V>(1) : V{};
-    (void)mu;
   }
 };
 
-struct SoftClamp {  // NVAE (Vahdat & Kautz, 2020): 5 tanh(x / 5) on the mean and on the log standard deviation
-  template <class V>
-  GK_FN void operator()(V* mu, V* log_var, V* d_mu, V* d_log_var) const {
-    const V s = tanh(*mu * splat<V>(1.0 / 5)), t = tanh(*log_var * splat<V>(1.0 / 10));
-    *mu = s * 5.0f;
-    *log_var = t * 10.0f;
-    *d_mu = 1.0f - s * s;
-    *d_log_var = 1.0f - t * t;
-  }
-};
-
-template <class Clamp, class V>
+template <class V>
 struct Posterior {
   V mu, log_var, d_mu, d_log_var;  // clamped, and the derivatives of the clamp
   GK_FN Posterior(const Clamp& clamp, V raw_mu, V raw_log_var) : mu(raw_mu), log_var(raw_log_var) {
@@ -84,26 +81,24 @@ GK_FN void add_divergence_gradient(const Divergence<kPrior, V>& kl, V g, V* d_mu
 
 // ---- functors. in: mu, log_var[, prior_mu, prior_log_var], then element gradients; row: gradients per row
 
-template <class Clamp>
 struct Reparameterize {  // z = mu + exp(log_var / 2) eps
   static constexpr int kInputs = 2, kRowInputs = 0, kOutputs = 1, kSums = 0;
   Normal noise;
   Clamp clamp;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V eps, V* out, V*) const {
-    const Posterior<Clamp, V> q(clamp, in[0], in[1]);
+    const Posterior<V> q(clamp, in[0], in[1]);
     out[0] = fma(exp(q.log_var * 0.5f), eps, q.mu);
   }
 };
 
-template <class Clamp>
 struct ReparameterizeBackward {
   static constexpr int kInputs = 3, kRowInputs = 0, kOutputs = 2, kSums = 0;
   Normal noise;
   Clamp clamp;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V eps, V* out, V*) const {
-    const Posterior<Clamp, V> q(clamp, in[0], in[1]);
+    const Posterior<V> q(clamp, in[0], in[1]);
     const V grad = in[2];
     out[0] = grad * q.d_mu;
     out[1] = grad * exp(q.log_var * 0.5f) * eps * q.d_log_var * 0.5f;
@@ -111,7 +106,7 @@ struct ReparameterizeBackward {
 };
 
 // kPerElement: the divergence is an output (and its gradient an input) per element, otherwise a sum (a number) per row.
-template <class Clamp, bool kPrior, bool kPerElement>
+template <bool kPrior, bool kPerElement>
 struct GaussianKl {
   static constexpr int kInputs = kPrior ? 4 : 2, kRowInputs = 0, kOutputs = kPerElement, kSums = !kPerElement;
   NoNoise noise;
@@ -119,13 +114,13 @@ struct GaussianKl {
   double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V* out, V* term) const {
-    const Posterior<Clamp, V> q(clamp, in[0], in[1]);
+    const Posterior<V> q(clamp, in[0], in[1]);
     const V sigma = kPrior ? V{} : exp(q.log_var * 0.5f);
     *(kPerElement ? out : term) = Divergence<kPrior, V>(q.mu, q.log_var, sigma, in + 2).at_least(free_bits);
   }
 };
 
-template <class Clamp, bool kPrior, bool kPerElement>
+template <bool kPrior, bool kPerElement>
 struct GaussianKlBackward {
   static constexpr int kInputs = (kPrior ? 4 : 2) + kPerElement, kRowInputs = !kPerElement, kOutputs = kPrior ? 4 : 2, kSums = 0;
   NoNoise noise;
@@ -133,7 +128,7 @@ struct GaussianKlBackward {
   double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
-    const Posterior<Clamp, V> q(clamp, in[0], in[1]);
+    const Posterior<V> q(clamp, in[0], in[1]);
     const Divergence<kPrior, V> kl(q.mu, q.log_var, kPrior ? V{} : exp(q.log_var * 0.5f), in + 2);
     const V grad = kPerElement ? in[kInputs - 1] : row[0];
     out[0] = out[1] = V{};
@@ -143,7 +138,7 @@ struct GaussianKlBackward {
   }
 };
 
-template <class Clamp, bool kPrior, bool kPerElement>
+template <bool kPrior, bool kPerElement>
 struct ReparameterizeKl {
   static constexpr int kInputs = kPrior ? 4 : 2, kRowInputs = 0, kOutputs = 1 + kPerElement, kSums = !kPerElement;
   Normal noise;
@@ -151,14 +146,14 @@ struct ReparameterizeKl {
   double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V eps, V* out, V* term) const {
-    const Posterior<Clamp, V> q(clamp, in[0], in[1]);
+    const Posterior<V> q(clamp, in[0], in[1]);
     const V sigma = exp(q.log_var * 0.5f);
     out[0] = fma(sigma, eps, q.mu);
     *(kPerElement ? out + 1 : term) = Divergence<kPrior, V>(q.mu, q.log_var, sigma, in + 2).at_least(free_bits);
   }
 };
 
-template <class Clamp, bool kPrior, bool kPerElement>
+template <bool kPrior, bool kPerElement>
 struct ReparameterizeKlBackward {
   static constexpr int kGrad = kPrior ? 4 : 2;  // position of the gradient of z
   static constexpr int kInputs = kGrad + 1 + kPerElement, kRowInputs = !kPerElement, kOutputs = kGrad, kSums = 0;
@@ -167,7 +162,7 @@ struct ReparameterizeKlBackward {
   double free_bits;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
-    const Posterior<Clamp, V> q(clamp, in[0], in[1]);
+    const Posterior<V> q(clamp, in[0], in[1]);
     const V sigma = exp(q.log_var * 0.5f);
     const Divergence<kPrior, V> kl(q.mu, q.log_var, sigma, in + 2);
     const V grad = kPerElement ? in[kGrad + 1] : row[0];
@@ -225,16 +220,13 @@ class MomentsGradient {
   std::optional<Moments> rows_;
 };
 
-// run(clamp, std::bool_constant<prior>, std::bool_constant<per element>) with the types that the arguments ask for.
+// run(std::bool_constant<prior>, std::bool_constant<per element>) with the types that the arguments ask for.
 template <class Run>
-void with_types(double low, double high, bool soft, bool prior, bool per_element, const Run& run) {
-  const auto with_clamp = [&](auto clamp) {
-    const auto with_prior = [&](auto has_prior) {
-      per_element ? run(clamp, has_prior, std::true_type{}) : run(clamp, has_prior, std::false_type{});
-    };
-    prior ? with_prior(std::true_type{}) : with_prior(std::false_type{});
+void with_types(bool prior, bool per_element, const Run& run) {
+  const auto with_prior = [&](auto has_prior) {
+    per_element ? run(has_prior, std::true_type{}) : run(has_prior, std::false_type{});
   };
-  soft ? with_clamp(SoftClamp{}) : with_clamp(HardClamp{low, high});
+  prior ? with_prior(std::true_type{}) : with_prior(std::false_type{});
 }
 
 template <int n, class... More>

@@ -11,9 +11,8 @@ Tensor reparameterize(Tensor mu, MaybeTensor log_var, Tensor key, double low, do
   const Moments q(mu, log_var);
   const ScalarType type = log_var ? promote(mu.scalar_type(), log_var->scalar_type()) : mu.scalar_type();
   Tensor z = empty_like_mu(mu, !log_var, type);
-  with_types(low, high, soft, false, false, [&](auto clamp, auto, auto) {
-    run_rows(Reparameterize<decltype(clamp)>{{}, clamp}, q.shape(), {q.mu(), q.log_var()}, {}, {Rows(z).array()}, {}, mu, keys_of(key));
-  });
+  const Reparameterize f{{}, {low, high, soft}};
+  run_rows(f, q.shape(), {q.mu(), q.log_var()}, {}, {Rows(z).array()}, {}, mu, keys_of(key));
   return z;
 }
 
@@ -22,10 +21,8 @@ std::vector<Tensor> reparameterize_backward(Tensor grad, Tensor mu, MaybeTensor 
   const Rows grad_rows(grad);
   std::vector<Tensor> gradients;
   const MomentsGradient d(mu, log_var, &gradients);
-  with_types(low, high, soft, false, false, [&](auto clamp, auto, auto) {
-    run_rows(ReparameterizeBackward<decltype(clamp)>{{}, clamp}, q.shape(), {q.mu(), q.log_var(), grad_rows.array()}, {},
-             {d.mu(), d.log_var()}, {}, mu, keys_of(key));
-  });
+  const ReparameterizeBackward f{{}, {low, high, soft}};
+  run_rows(f, q.shape(), {q.mu(), q.log_var(), grad_rows.array()}, {}, {d.mu(), d.log_var()}, {}, mu, keys_of(key));
   return gradients;
 }
 
@@ -39,9 +36,9 @@ std::tuple<Tensor, Tensor> reparameterize_kl(Tensor mu, MaybeTensor log_var, May
   Tensor z = empty_like_mu(mu, !log_var, type);
   const int64_t n = q.shape().rows;
   Tensor kl = per_element ? empty_like_mu(mu, !log_var, sum_type(type)) : torch::stable::new_empty(mu, {n}, sum_type(type));
-  with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
-    using F = ReparameterizeKl<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, free_bits};
+  with_types(prior.has_value(), per_element, [&](auto has_prior, auto element) {
+    using F = ReparameterizeKl<has_prior(), element()>;
+    const F f{{}, {low, high, soft}, free_bits};
     const auto in = arrays_of<F::kInputs>(q, prior);
     if constexpr (element()) run_rows(f, q.shape(), in, {}, {Rows(z).array(), Rows(kl).array()}, {}, mu, keys_of(key));
     else run_rows(f, q.shape(), in, {}, {Rows(z).array()}, {per_row(kl)}, mu, keys_of(key));
@@ -59,9 +56,9 @@ std::vector<Tensor> reparameterize_kl_backward(Tensor grad_z, Tensor grad_kl, Te
   const MomentsGradient d(mu, log_var, &gradients);
   std::optional<MomentsGradient> d_prior;
   if (prior) d_prior.emplace(*prior_mu, prior_log_var, &gradients);
-  with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
-    using F = ReparameterizeKlBackward<decltype(clamp), has_prior(), element()>;
-    const F f{{}, clamp, free_bits};
+  with_types(prior.has_value(), per_element, [&](auto has_prior, auto element) {
+    using F = ReparameterizeKlBackward<has_prior(), element()>;
+    const F f{{}, {low, high, soft}, free_bits};
     Arrays<F::kOutputs> out{d.mu(), d.log_var()};
     if constexpr (has_prior()) out[2] = d_prior->mu(), out[3] = d_prior->log_var();
     if constexpr (element()) {

@@ -31,8 +31,6 @@ PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 # ---- what a caller forces: thread-local, because a ContextVar breaks fullgraph compilation and a global leaks to other threads
 
-_state = threading.local()
-
 
 def _check_name(name):
     if name is not None and name != "reference" and name not in BACKENDS:
@@ -40,16 +38,20 @@ def _check_name(name):
     return name
 
 
-_forced_by_environment = _check_name(os.environ.get("GENKERN_BACKEND") or None)
-_strict_by_environment = os.environ.get("GENKERN_STRICT") == "1"
+class _State(threading.local):  # class attributes: what a thread starts with, found faster than a default of getattr
+    forced = _check_name(os.environ.get("GENKERN_BACKEND") or None)
+    strict = os.environ.get("GENKERN_STRICT") == "1"
+
+
+_state = _State()
 
 
 def forced():
-    return getattr(_state, "forced", _forced_by_environment)
+    return _state.forced
 
 
 def is_strict():
-    return getattr(_state, "strict", _strict_by_environment)
+    return _state.strict
 
 
 @contextlib.contextmanager
@@ -127,7 +129,9 @@ def _cpu_library():
 def libraries():
     """{part: (path or None, None or the reason it is not loaded)}; the first call loads what is there."""
     for part, path in (("cpu", _cpu_library()), ("cuda", _PACKAGE / "_C_cuda.so")):
-        if path is None or not path.exists():
+        if path is not None and part == "cpu" and not path.exists():
+            _libraries[part] = (str(path), "GENKERN_CPU_LIBRARY names no file")
+        elif path is None or not path.exists():
             _libraries[part] = (None, _build_info.why_missing(part) or "not built")
         elif part == "cuda" and torch.version.cuda is None:
             _libraries[part] = (str(path), "this torch has no CUDA")

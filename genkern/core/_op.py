@@ -63,6 +63,7 @@ class Op:
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        self._others = len(self._tensors) < len(arguments)  # arguments that are no tensors
         self._differentiable = tuple(i for i, a in enumerate(arguments) if a.name in differentiable)
         _define("_" + name, schema, fake)
         if differentiable:
@@ -137,11 +138,12 @@ class Op:
 
     def _choose(self, tensor):
         """(backend, None or why a slow path is taken) for a call whose choosing argument is this tensor."""
-        device_type, name = tensor.device.type, _backends.forced()
+        name = _backends.forced()
         if name == "reference":
             return name, None
         if transforming():
             return "reference", None
+        device_type = "cpu" if tensor.is_cpu else tensor.device.type  # is_cpu is several times cheaper
         if name is not None and BACKENDS[name].device == device_type:
             if device_type != "cpu" or name != self._default["cpu"][0]:
                 missing = self._missing(name, device_type)
@@ -182,23 +184,24 @@ class Op:
         return fake
 
     def _autograd_function(self):
-        op, tensors, differentiable = self, self._tensors, self._differentiable
+        op, tensors, differentiable, others = self, self._tensors, self._differentiable, self._others
+
+        rest_of = lambda args: [None if i in tensors else a for i, a in enumerate(args)] if others else None
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, choice, *args):
-                ctx.save_for_backward(*[args[i] for i in tensors])
-                rest = list(args)
-                for i in tensors:
-                    rest[i] = None
-                ctx.choice, ctx.rest = choice, rest
+                ctx.save_for_backward(*(map(args.__getitem__, tensors) if others else args))
+                ctx.choice, ctx.rest = choice, rest_of(args)
                 return op._forward[choice](*args)
 
             @staticmethod
             def backward(ctx, *grads):
-                args, choice = list(ctx.rest), ctx.choice
-                for i, tensor in zip(tensors, ctx.saved_tensors, strict=True):
-                    args[i] = tensor
+                args, choice = ctx.saved_tensors, ctx.choice
+                if others:
+                    saved, args = args, list(ctx.rest)
+                    for i, tensor in zip(tensors, saved, strict=True):
+                        args[i] = tensor
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
                     return (None, *op._differentiate_reference(args, grads))
                 choice = choice if choice in op._with_backward else "reference"
@@ -207,10 +210,11 @@ class Op:
                 if choice == "reference":  # a kernel for the forward pass alone
                     with torch.enable_grad():
                         return (None, *op._differentiate_reference(args, grads))
-                got, result = iter(op._backward[choice](*grads, *args)), [None] * (1 + len(args))
+                got, result = op._backward[choice](*grads, *args), [None] * (1 + len(args))
+                at = 0
                 for i in differentiable:
                     if args[i] is not None:
-                        result[1 + i] = next(got)
+                        result[1 + i], at = got[at], at + 1
                 return tuple(result)
 
         Function.__name__ = Function.__qualname__ = self.name

@@ -166,7 +166,10 @@ class Model(torch.nn.Module):
         unknown = sorted(stored["config"].keys() - known)
         if unknown:
             raise ValueError(f"{cls.__name__}: {folder / 'config.json'} has unknown settings {', '.join(unknown)}")
-        model = cls(cls.Config(**{name: _tuples(value) for name, value in stored["config"].items()}))
+        try:
+            model = cls(cls.Config(**{name: _tuples(value) for name, value in stored["config"].items()}))
+        except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:  # such as a model larger than the memory
+            raise ValueError(f"{cls.__name__}: {folder / 'config.json'} cannot be used: {' '.join(str(error).split())}") from error
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise FileNotFoundError(f"{folder} holds no model.safetensors")

@@ -33,17 +33,20 @@
 
 A check compares a backend with the reference evaluated in float64 on the same inputs and noise: its error may be at
 most twice that of the reference in the type under test, plus a few units in the last place; where the reference is
-infinite or NaN, the backend must be too. Gradients likewise.
+infinite or NaN, the backend must be too. Gradients likewise. Every tensor that the backend allocates lies between fences of
+filled memory, so that a write out of bounds fails the check as well; Fences does this for a kernel of any kind.
 """
 
 from genkern.testing._autoregressive import assert_autoregressive
 from genkern.testing._case import LAYOUTS, Case, Make, all_cases
 from genkern.testing._check import backends, check, float32_noise, refuse_wide_types, verify
+from genkern.testing._fences import Fences
 from genkern.testing._launches import count_launches
 
 __all__ = [
     "LAYOUTS",
     "Case",
+    "Fences",
     "Make",
     "all_cases",
     "assert_autoregressive",

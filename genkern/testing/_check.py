@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkern
 from genkern import core, random
+from genkern.testing._fences import Fences
 
 _DRAWS = ("uniform", "normal", "exponential", "gumbel", "logistic")
 
@@ -34,8 +35,11 @@ def float32_noise():
         yield
 
 
-def verify(device):
-    """{"op/backend": "passed" or what is wrong} of every kernel that exists for this device type, at small sizes."""
+def verify(device, report=lambda name, verdict: None):
+    """{"op/backend": "passed" or what is wrong} of every kernel that exists for this device type, at small sizes.
+
+    report(name, verdict) is called as soon as a kernel's is known.
+    """
     from genkern.testing._case import all_cases
 
     verdicts = {}
@@ -48,6 +52,7 @@ def verify(device):
                 verdicts[f"{name}/{backend}"] = str(error)
             except Exception as error:  # such as a compiler's: one kernel's failure must not hide the others' verdicts
                 verdicts[f"{name}/{backend}"] = f"{type(error).__name__}: {error}"
+            report(f"{name}/{backend}", verdicts[f"{name}/{backend}"])
     return verdicts
 
 
@@ -111,7 +116,8 @@ def _outputs_and_gradients(function, arguments, leaves):
 
 
 def check(case, backend, shape, dtype, *, variant=None, layout="contiguous", device="cpu"):
-    """Raise AssertionError unless `backend` computes `case` and its gradients as well as plain torch does in this type."""
+    """Raise AssertionError unless `backend` computes `case` and its gradients as well as plain torch does in this type, and writes
+    nothing beside its outputs."""
     from genkern.testing._case import Make
 
     variant = variant or {}
@@ -122,7 +128,12 @@ def check(case, backend, shape, dtype, *, variant=None, layout="contiguous", dev
     noise = contextlib.nullcontext() if dtype == torch.float64 else float32_noise()
     with noise:
         truth = run("reference", wide)
-    plain, got = run("reference", arguments), run(backend, arguments)
+    plain, fences = run("reference", arguments), Fences(torch.device(device).type)
+    if layout == "contiguous":
+        arguments = {n: fences.around(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    with fences:
+        got = run(backend, arguments)
+    fences.check(f"{case.name} on {backend}, {dtype}, shape {tuple(shape)}, {layout}, {variant}")
     for name, expected in truth.items():
         value, reference = got[name], plain[name]
         assert value.dtype == reference.dtype, f"{case.name}: {name} is {value.dtype}, expected {reference.dtype}"

@@ -5,6 +5,7 @@ Before a case is timed its check must pass, and stats() must show that the named
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from genkern import core, random
 from genkern.testing._case import Make, all_cases
 from genkern.testing._check import check, same_draw
 
-SCHEMA = 1
+SCHEMA = 2  # 1: one number of threads, in "machine"
 ROUND_SECONDS = 0.004
 
 
@@ -98,7 +99,7 @@ def peak_bytes(call, device="cpu"):
     return peak
 
 
-def summarize(row, times, peaks):
+def summarize(row, times, peaks, threads=1):
     copy = times["copy"]
     result = {}
     for name, seconds in times.items():
@@ -116,8 +117,8 @@ def summarize(row, times, peaks):
         }
     gigabytes = row.bytes / statistics.median(copy) / 1e9
     return {
-        "op": row.op, "shape": list(row.shape), "dtype": str(row.dtype).split(".")[1], "mode": row.mode, "bytes": row.bytes,
-        "copy_gb_per_s": gigabytes, "contenders": result,
+        "op": row.op, "shape": list(row.shape), "dtype": str(row.dtype).split(".")[1], "mode": row.mode, "threads": threads,
+        "bytes": row.bytes, "copy_gb_per_s": gigabytes, "contenders": result,
     }  # fmt: skip
 
 
@@ -199,14 +200,14 @@ def _must_have_run(name, backend):
 # ---- report
 
 
-def machine(device="cpu"):
+def machine(device="cpu", threads=(1,)):
     """Where and with what a run was made."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     cpu = next(names, platform.processor())
     describe = ["git", "describe", "--always", "--dirty"]
     git = subprocess.run(describe, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
     return {
-        "schema": SCHEMA, "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "schema": SCHEMA, "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": os.cpu_count(), "threads": list(threads),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "instruction_set": torch.backends.cpu.get_cpu_capability(), "commit": git.stdout.strip() or None,
         "genkern": genkern.__version__, "torch": torch.__version__, "python": platform.python_version(),
@@ -222,12 +223,12 @@ def _lines(path):
 
 def print_header(facts):
     versions = f"torch {facts['torch']}, genkern {facts['genkern']}"
-    print(f"{facts.get('gpu') or facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), {versions}")
+    print(f"{facts.get('gpu') or facts['cpu']}, {facts['instruction_set']}, {versions}")
     print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)")
     print("fwd: forward, +bwd: forward and backward; compile: the same against torch.compile")
-    print("copy: speed as a part of copying as many bytes; mem: peak bytes as a part of eager's\n")
-    columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'compile':>7} {'copy':>5} {'mem':>4}"
-    print(f"{'op':18} {'shape':11} {'mode':4} {columns}")
+    print("copy: speed as a part of copying as many bytes; mem: peak bytes as a part of eager's; t: threads\n")
+    columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'compile':>7} {'copy':>4} {'mem':>4}"
+    print(f"{'op':18} {'shape':11} {'mode':4} t {columns}")
 
 
 def print_row(result):
@@ -241,12 +242,15 @@ def print_row(result):
     columns = f"{c['eager']['us']:8.1f} {ours['us']:8.1f} {ours['ratio']:7.1f} {spread:>11} {against}"
     mode = {"forward": "fwd", "forward+backward": "+bwd"}[result["mode"]]
     peers = "".join(f"  {n} {v['genkern_ratio']:.1f}x" for n, v in c.items() if n not in ("eager", "genkern", "copy", "compile"))
-    print(f"{result['op']:18} {shape:11} {mode:4} {columns} {ours['of_copy']:5.0%} {memory}{slower}{peers}", flush=True)
+    print(
+        f"{result['op']:18} {shape:11} {mode:4} {result['threads']} {columns} {ours['of_copy']:4.0%} {memory}{slower}{peers}",
+        flush=True,
+    )
 
 
 def compare(old, new, threshold=0.1):
     """Lines that name each (op, shape, mode) whose ratio to eager fell by more than the threshold from one run to another."""
-    key = lambda r: (r["op"], tuple(r["shape"]), r["dtype"], r["mode"])
+    key = lambda r: (r["op"], tuple(r["shape"]), r["dtype"], r["mode"], r.get("threads", 1))
     before = {key(r): r["contenders"]["genkern"]["ratio"] for r in old["results"]}
     lines = []
     for r in new["results"]:
@@ -280,20 +284,28 @@ def _files(parser, words):
     return words[1:]
 
 
+def _counts(text):
+    counts = [int(n) for n in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"thread counts must be at least 1, got {text}")
+    return counts
+
+
 def _read(path):
     return json.loads(pathlib.Path(path).read_text())
 
 
 def main(argv=None):
     """Run the command; 0, or 1 where a ratio fell (compare) or a case was refused."""
-    parser = argparse.ArgumentParser(prog="genkern bench", description=__doc__.splitlines()[0])
+    lower = "A lower instruction set, for PyTorch and genkern alike: ATEN_CPU_CAPABILITY=avx2 (or default) genkern bench ..."
+    parser = argparse.ArgumentParser(prog="genkern bench", description=__doc__.splitlines()[0], epilog=lower)
     words = "names; or: compare A.json B.json (fails where a ratio fell by 10 %%); or: plot A.json FILE"
     parser.add_argument("ops", nargs="*", help=words)
     parser.add_argument("--shape", action="append", help="such as 256x4096; may be repeated")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backend", choices=list(core.BACKENDS), help="the backend to measure; default: the one the op uses")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=_counts, default=[1], metavar="N[,N]", help="such as 1,2: a row for each (default: 1)")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="few rounds at the smaller sizes, without torch.compile")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -320,12 +332,12 @@ def main(argv=None):
         parser.error(f"--shape must be such as 256x4096, got {wrong[0]}" if wrong else "needs --rounds 2 and --threads 1 at least")
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape or ()]
     dtype = getattr(torch, arguments.dtype)
-    torch.set_num_threads(arguments.threads)
     torch._inductor.config.fallback_random = True  # its own generator is several times slower on a CPU
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
-    facts, results, refused = machine(arguments.device), [], {}
+    facts, results, refused = machine(arguments.device, arguments.threads), [], {}
     print_header(facts)
-    for name in arguments.ops or known:
+    for name, threads in itertools.product(arguments.ops or known, arguments.threads):
+        torch.set_num_threads(threads)
         sizes = shapes or (DRAW_SHAPES if name in DRAWS else cases[name].bench_shapes)
         sizes = sizes[:2] if arguments.quick and not shapes else sizes
         backend = arguments.backend or core.OPS[name].default(arguments.device)[0]
@@ -340,7 +352,7 @@ def main(argv=None):
                 for row in rows:
                     times = time_interleaved(row.calls, arguments.rounds, device=arguments.device)
                     peaks = {name: peak_bytes(call, arguments.device) for name, call in row.calls.items()}
-                    results.append(summarize(row, times, peaks))
+                    results.append(summarize(row, times, peaks, threads))
                     print_row(results[-1])
         except (AssertionError, RuntimeError) as error:  # a wrong result, or no such backend here
             refused[name] = str(error)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -158,6 +159,22 @@ def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     assert "no folder" in refused(capsys, "sample", run, "--out", tmp_path / "no" / "x.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "x.npy"]
     assert len(refused(capsys, "sample", run, "--n", "0").splitlines()) == 1
+
+
+def test_devices_that_are_not_there_and_damaged_runs(run, tmp_path, capsys):
+    train = ["train", "toy-images", "--data", "digits", "--out", tmp_path / "new"]
+    for name in ("nonsense", "cuda:99"):
+        assert f"--device {name} cannot be used" in refused(capsys, *train, "--device", name)
+        assert f"--device {name} cannot be used" in refused(capsys, "eval", run, "--device", name)
+    shutil.copytree(run, tmp_path / "run")
+    for text in ("not json", "[1]", '{"data": 3}'):
+        (tmp_path / "run" / "run.json").write_text(text)
+        assert "run.json cannot be used" in refused(capsys, "eval", tmp_path / "run")
+    shutil.copy(run / "run.json", tmp_path / "run")
+    facts = json.loads((run / "config.json").read_text())
+    facts["config"]["size"] = 10**8  # more memory than there is
+    (tmp_path / "run" / "config.json").write_text(json.dumps(facts))
+    assert "config.json cannot be used" in refused(capsys, "sample", tmp_path / "run")
 
 
 def test_names_follow_one_rule():

@@ -57,7 +57,8 @@ class VAE(Model):
     @classmethod
     def config_for(cls, data, **settings):
         if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
-            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {data.name} of shape {tuple(data.shape)}")
+            got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)}"
+            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {got} of {data.name}")
         return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
 
     def __init__(self, config):
