@@ -116,7 +116,7 @@ def verify(argv):
     from genkern.testing import verify as run
 
     with _words("verify"):
-        device = usable_device(arguments.device).type
+        device = _device(arguments.device).split(":")[0]
     print(f"every kernel for {device} tensors against its reference, at small sizes; this takes a minute or a few", flush=True)
     verdicts = run(device, lambda name, verdict: print(f"{name:40} {verdict}", flush=True))
     failed = sum(verdict != "passed" for verdict in verdicts.values())
@@ -180,7 +180,7 @@ def train(argv):
         from genkern.train import fit
 
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
-        device = usable_device(arguments["device"])
+        device = _device(arguments["device"], int(os.environ.get("LOCAL_RANK", 0)))
         source = data.load(arguments["data"], window=arguments["window"])
         torch.manual_seed(arguments["seed"])
         model = kind(kind.config_for(source, **given[kind.Config])).to(device)
@@ -212,6 +212,9 @@ def train(argv):
                 best = load_run(out, device)[0]
                 values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
                 _print_against_baselines(values, source, "test", best)
+                for part in source.by_class().values() if source.pictures else ():
+                    values = best.evaluate(*part.test, key=random.key(arguments["seed"]), likelihood=True)
+                    _print_against_baselines(values, part, "test", best)
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
@@ -259,6 +262,10 @@ def sample(argv):
             _picture(out, lambda file, **_: file.write(text + b"\n"))
         elif sound:
             _sound(out, values, model.config.rate)
+        elif getattr(model.config, "shape", None) == (2,) and hasattr(model, "log_prob") and "labels" not in model.conditions:
+            from genkern import plots
+
+            _picture(out, plots.density(model, values).savefig, dpi=120)
         else:
             _picture(out, _grid(model, values).save)
         print(f"wrote {out}")
@@ -270,6 +277,7 @@ def eval_(argv):
     parser = _run_parser("eval", eval_)
     parser.add_argument("--data", help="by default that of the training")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--by-class", action="store_true", help="also the inputs of each class alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with _words("eval"):
@@ -279,14 +287,18 @@ def eval_(argv):
         if not (name := arguments.data or run.get("data")):
             raise ValueError(f"{arguments.folder} does not name its data: give --data")
         source = data.load(name, window=run.get("window"))
-        values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        parts = [source, *(source.by_class().values() if arguments.by_class else ())]
+        measure = lambda part: model.evaluate(*part.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        found = [measure(part) for part in parts]
         if arguments.json:
-            print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
+            classes = dict(zip(source.class_names, found[1:], strict=False))
+            facts = {"split": arguments.split, "n": len(source.split(arguments.split)[0]), **found[0]}
+            print(json.dumps(facts | ({"classes": classes} if classes else {}), indent=1))
         else:
-            columns = shutil.get_terminal_size().columns
-            print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
-            if hasattr(model, "bits_per_dim"):
-                _print_against_baselines(values, source, arguments.split, model)
+            rows = [{"on": f"{arguments.split} of {part.name}", **values} for part, values in zip(parts, found, strict=True)]
+            print(plots.table(rows, shutil.get_terminal_size().columns))
+            for part, values in zip(parts, found, strict=True) if hasattr(model, "bits_per_dim") else ():
+                _print_against_baselines(values, part, arguments.split, model)
 
 
 @command
@@ -357,6 +369,8 @@ def traverse(argv):
         model, _ = load_run(arguments.folder, arguments.device)
         if not hasattr(model, "traverse"):
             raise ValueError(f"{type(model).__name__} has no latent directions to traverse")
+        if len(getattr(model.config, "shape", (1, 1, 1))) != 3:
+            raise ValueError(f"this {type(model).__name__} is not of images: there is nothing to show")
         images = model.traverse(steps=arguments.steps, key=random.key(arguments.seed))
         _picture(out, plots.grid(images, levels=getattr(model.config, "levels", None)).save)
         print(f"wrote {out}")
@@ -391,7 +405,7 @@ def load_run(folder, device=None):
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
-    device, run = usable_device(device), {}
+    device, run = _device(device), {}
     if (folder / "run.json").exists():
         try:
             run = json.loads((folder / "run.json").read_text())
@@ -400,17 +414,6 @@ def load_run(folder, device=None):
         if not isinstance(run, dict) or not isinstance(run.get("data", ""), str):
             raise ValueError(f"{folder / 'run.json'} cannot be used: it must be an object, and its data a name")
     return models.load(folder).to(device), run
-
-
-def usable_device(name=None):
-    """The torch device of that name, by default this process's GPU where there is one; ValueError where it cannot be used."""
-    import torch
-
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -435,6 +438,19 @@ def _not_negative(text):
 
 
 _positive.__name__ = _not_negative.__name__ = "int"  # what argparse names in its error
+
+
+def _device(name, local=0):
+    """The name of a device that is here: by default the GPU of this number, where there is one."""
+    import torch
+
+    if name is None:
+        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def _writable(out, *suffixes):
@@ -470,7 +486,7 @@ def _print_against_baselines(values, source, split, model):
     else:
         return
     found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
-    print(f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
+    print(f"{split} of {source.name}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
 
 
 def sample_options(model):
@@ -524,6 +540,11 @@ def labels(model, n, label=None):
 def _grid(model, values):
     from genkern import plots
 
+    if values.dim() < 4:
+        shape = tuple(values.shape[1:])
+        raise ValueError(
+            f"samples of this {type(model).__name__} are no images but {shape}: give an --out of .npy, or of .txt for text"
+        )
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 

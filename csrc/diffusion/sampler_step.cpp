@@ -3,21 +3,25 @@
 //   m = g_u u + g_c c,   y = clip(a x + b m),   every output = C . [x, m, y, noise, h1, h2, h3]
 //
 // The coefficients are row inputs: one row of a table, chosen by a number or by a tensor of step indices (one, or one per sample).
-// Few functors serve all combinations of guidance, history, noise and outputs: what is absent is an Array without data, and a branch
-// that goes the same way for every vector costs less than eighty functors take to compile.
+// Few functors serve all combinations of guidance, history, noise and outputs: what is absent is an Array without data, and a
+// branch that goes the same way for every vector costs less than eighty functors take to compile.
 #include "sampler_step.h"
 
 namespace gk {
 namespace {
 
-constexpr int kHistory = 3, kTerms = 4;  // of an output: x, m, y, noise; then the history
+constexpr int kHistory = 3, kTerms = 4;                                 // of an output: x, m, y, noise; then the history
 enum In { kX, kU, kC, kNoise, kPast, kStepInputs = kPast + kHistory };  // u: the one output of the model without guidance
 enum Out { kNext, kNextPast, kNextInput, kStepOutputs = kNextInput + 2 };
 enum Row {
-  kGuidance, kPrediction = 2,
-  kSample = 4, kSampleOnPast = kSample + kTerms,
-  kPastRow = kSampleOnPast + kHistory, kPastOnPast = kPastRow + kTerms,
-  kScale = kPastOnPast + kHistory, kStepRows
+  kGuidance,
+  kPrediction = 2,
+  kSample = 4,
+  kSampleOnPast = kSample + kTerms,
+  kPastRow = kSampleOnPast + kHistory,
+  kPastOnPast = kPastRow + kTerms,
+  kScale = kPastOnPast + kHistory,
+  kStepRows
 };
 #ifdef GK_GPU
 constexpr int kGuidanceInputs = 5;  // the moments

@@ -3,7 +3,8 @@
 // Element e of a float32, bfloat16 or half tensor takes word e % 4 of counter offset + e / 4; element e of a float64 tensor takes
 // words 2 (e % 2) and 2 (e % 2) + 1 of counter offset + e / 2. A distribution is a functor from the four words of a counter to
 // its four (float) or two (double) values; it uses only plain multiplication, addition, division, square root and integer
-// operations, each correctly rounded, so its bits are the same on every backend. genkern/random.py holds the same formulas in torch.
+// operations, each correctly rounded, so its bits are the same on every backend. genkern/random.py holds the same formulas in
+// torch.
 #pragma once
 #include "lanes.h"
 
@@ -82,8 +83,9 @@ GK_FN V exact_log(V x) {
   if constexpr (sizeof(Scalar<V>) == 4) {
     const Int bits = bitcast<Int>(x), exponent = (bits - 0x3f400000) >> 23;
     const V n = to_float<V>(exponent), f = bitcast<V>((Uint)bits - ((Uint)exponent << 23)) - 1.0f, z = f * f;
-    V y = horner(f, 0.3333334, -0.25000164, 0.19999579, -0.16655323, 0.14276786, -0.12728232, 0.11697098, -0.091079414,
-                 0.03762157) * f * z;
+    V y =
+        horner(f, 0.3333334, -0.25000164, 0.19999579, -0.16655323, 0.14276786, -0.12728232, 0.11697098, -0.091079414, 0.03762157) *
+        f * z;
     y = n * 1.4286068203e-6f + y;
     y = z * -0.5f + y;
     return n * 0.693145751953125f + (f + y);
@@ -92,7 +94,8 @@ GK_FN V exact_log(V x) {
     const V n = to_float<V>(exponent), f = bitcast<V>((Uint)bits - ((Uint)exponent << 52)) - 1.0;
     const V s = f / (f + 2.0), z = s * s;  // ln(1 + f) = 2 atanh(s) = f - s (f - z P(z))
     const V p = horner(z, 0.6666666666666666, 0.4000000000000794, 0.2857142856727593, 0.2222222304835181, 0.18181737626289324,
-                       0.1538886780605847, 0.13209708234660042, 0.13609030312095335) * z;
+                       0.1538886780605847, 0.13209708234660042, 0.13609030312095335) *
+                z;
     const V y = n * 1.90821492927058770e-10 - s * (f - p);
     return n * 6.93147180369123816490e-01 + (f + y);
   }
@@ -112,9 +115,13 @@ GK_FN void sincos_turns(V turns, V* sine, V* cosine) {
     c = horner(z, 0.041666646, -0.001388731, 2.4432327e-05) * z * z + (z * -0.5f + 1.0f);
   } else {
     s = horner(z, -0.16666666666666666, 0.008333333333330936, -0.00019841269836740532, 2.7557316093198383e-06,
-               -2.505112989644632e-08, 1.5917988979169704e-10) * z * x + x;
+               -2.505112989644632e-08, 1.5917988979169704e-10) *
+            z * x +
+        x;
     c = horner(z, 0.041666666666666664, -0.0013888888888887389, 2.480158729875436e-05, -2.755731726586314e-07,
-               2.0876145046994267e-09, -1.1382544502902206e-11) * z * z + (z * -0.5 + 1.0);
+               2.0876145046994267e-09, -1.1382544502902206e-11) *
+            z * z +
+        (z * -0.5 + 1.0);
   }
   const Int k = to_int(quarter);
   const V a = (k & 1) != 0 ? c : s, b = (k & 1) != 0 ? s : c;

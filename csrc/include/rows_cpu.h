@@ -79,9 +79,10 @@ __attribute__((noinline)) void write(const Array& a, int64_t row, int64_t column
 }
 inline void write_sum(const Array& a, int64_t row, double total) {
   if (a.storage == Storage::kDouble)
-    static_cast<double*>(a.data)[row * a.row_stride] = total;
+    static_cast<double*>(a.data)[row * a.row_stride] = a.onto ? static_cast<const double*>(a.onto)[row] + total : total;
   else
-    static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
+    static_cast<float*>(a.data)[row * a.row_stride] =
+        static_cast<float>(a.onto ? static_cast<const float*>(a.onto)[row] + total : total);
 }
 
 // ---- noise: elements [first, first + count) of a stream in `buffer`, which has room for whole groups around them
@@ -161,7 +162,8 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
     const int rest = static_cast<int>(std::min<int64_t>(kCount, n - i));
     for (int k = 0; k < F::kInputs; k++) in_lane[k] = rest == kCount ? load<V>(in[k] + i) : load_first(in[k] + i, rest, V{});
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) rest == kCount ? store(out[k] + i, out_lane[k]) : store_first(out[k] + i, out_lane[k], rest);
+    for (int k = 0; k < F::kOutputs; k++)
+      rest == kCount ? store(out[k] + i, out_lane[k]) : store_first(out[k] + i, out_lane[k], rest);
     for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + (rest == kCount ? term[k] : keep_first(term[k], rest));
   }
   for (int k = 0; k < F::kOutputs; k++)
@@ -176,13 +178,19 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
 // ---- rows narrower than a vector: as many as fit in a tile side by side, so that no lane runs empty
 
 template <class S>
+GK_FN void copy_narrow(const S* from, S* to, int n) {  // n numbers, fewer than lanes
+  store_first(to, load_first(from, n, typename Vector<S>::type{}), n);
+}
+template <class S>
 __attribute__((noinline)) const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
   if (a.row_stride == width) return read(a, row0, 0, rows * width, buffer);
+  const S* from = read(a, row0, 0, width, buffer);
   for (int64_t row = 0; row < rows; row++) {
     S* to = buffer + row * width;
-    const S* from = read(a, row0 + row, 0, width, to);
-    if (from != to)
-      for (int64_t j = 0; j < width; j++) to[j] = from[j];
+    if (from != buffer)
+      copy_narrow(from + row * a.row_stride, to, static_cast<int>(width));
+    else if (row)
+      read(a, row0 + row, 0, width, to);
   }
   return buffer;
 }
@@ -194,7 +202,7 @@ __attribute__((noinline)) void unpack(const Array& a, int64_t row0, int64_t rows
     if (to == from)
       write(a, row0 + row, 0, from, width);
     else
-      for (int64_t j = 0; j < width; j++) to[j] = from[j];
+      copy_narrow(from, to, static_cast<int>(width));
   }
 }
 
@@ -226,11 +234,9 @@ void run_packed(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise
   }
   for (int k = 0; k < F::kOutputs; k++) unpack(job.out[k], row0, rows, width, out + k * kTile);
   for (int k = 0; k < F::kSums; k++)
-    for (int64_t row = 0; row < rows; row++) {
-      double total = 0;
-      for (int64_t j = 0; j < width; j++) total += out[(F::kOutputs + k) * kTile + row * width + j];
-      write_sum(job.sum[k], row0 + row, total);
-    }
+    for (int64_t row = 0; row < rows; row++)
+      write_sum(job.sum[k], row0 + row,
+                sum_lanes(load_first(out + (F::kOutputs + k) * kTile + row * width, static_cast<int>(width), V{})));
 }
 
 // ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile

@@ -4,8 +4,8 @@
 namespace gk {
 namespace {
 
-Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTensor prior_log_var, double low, double high, bool soft,
-                   double free_bits, bool per_element) {
+Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTensor prior_log_var, double low, double high,
+                   bool soft, double free_bits, bool per_element) {
   const Moments q(mu, log_var);
   const auto prior = prior_moments(prior_mu, prior_log_var);
   const ScalarType type = sum_type(log_var ? promote(mu.scalar_type(), log_var->scalar_type()) : mu.scalar_type());
@@ -15,14 +15,17 @@ Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTe
     using F = GaussianKl<has_prior(), element()>;
     const F f{{}, {low, high, soft}, free_bits};
     const auto in = arrays_of<F::kInputs>(q, prior);
-    if constexpr (element()) run_rows(f, q.shape(), in, {}, {Rows(kl).array()}, {}, mu);
-    else run_rows(f, q.shape(), in, {}, {}, {per_row(kl)}, mu);
+    if constexpr (element())
+      run_rows(f, q.shape(), in, {}, {Rows(kl).array()}, {}, mu);
+    else
+      run_rows(f, q.shape(), in, {}, {}, {per_row(kl)}, mu);
   });
   return kl;
 }
 
-std::vector<Tensor> gaussian_kl_backward(Tensor grad, Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTensor prior_log_var,
-                                         double low, double high, bool soft, double free_bits, bool per_element) {
+std::vector<Tensor> gaussian_kl_backward(Tensor grad, Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu,
+                                         MaybeTensor prior_log_var, double low, double high, bool soft, double free_bits,
+                                         bool per_element) {
   const Moments q(mu, log_var);
   const auto prior = prior_moments(prior_mu, prior_log_var);
   std::vector<Tensor> gradients;

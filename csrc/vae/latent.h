@@ -1,5 +1,5 @@
-// The diagonal Gaussian latent of a variational autoencoder (Kingma & Welling, 2014): its clamp, its Kullback-Leibler divergence to a
-// standard or a learned Gaussian prior, and their derivatives, per element.
+// The diagonal Gaussian latent of a variational autoencoder (Kingma & Welling, 2014): its clamp, its Kullback-Leibler divergence to
+// a standard or a learned Gaussian prior, and their derivatives, per element.
 #pragma once
 #include "rows.h"
 

@@ -16,7 +16,8 @@ Tensor reparameterize(Tensor mu, MaybeTensor log_var, Tensor key, double low, do
   return z;
 }
 
-std::vector<Tensor> reparameterize_backward(Tensor grad, Tensor mu, MaybeTensor log_var, Tensor key, double low, double high, bool soft) {
+std::vector<Tensor> reparameterize_backward(Tensor grad, Tensor mu, MaybeTensor log_var, Tensor key, double low, double high,
+                                            bool soft) {
   const Moments q(mu, log_var);
   const Rows grad_rows(grad);
   std::vector<Tensor> gradients;
@@ -40,8 +41,10 @@ std::tuple<Tensor, Tensor> reparameterize_kl(Tensor mu, MaybeTensor log_var, May
     using F = ReparameterizeKl<has_prior(), element()>;
     const F f{{}, {low, high, soft}, free_bits};
     const auto in = arrays_of<F::kInputs>(q, prior);
-    if constexpr (element()) run_rows(f, q.shape(), in, {}, {Rows(z).array(), Rows(kl).array()}, {}, mu, keys_of(key));
-    else run_rows(f, q.shape(), in, {}, {Rows(z).array()}, {per_row(kl)}, mu, keys_of(key));
+    if constexpr (element())
+      run_rows(f, q.shape(), in, {}, {Rows(z).array(), Rows(kl).array()}, {}, mu, keys_of(key));
+    else
+      run_rows(f, q.shape(), in, {}, {Rows(z).array()}, {per_row(kl)}, mu, keys_of(key));
   });
   return {z, kl};
 }

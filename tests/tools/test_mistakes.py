@@ -29,8 +29,8 @@ def run(tmp_path_factory):
     [
         ("train vae --data digits --out RUN/x --epoch 3", "did you mean --epochs?"),
         ("train vae --data digits --out RUN/x --save-every 0", "must be at least 1"),
-        ("train vae --data digits --out RUN/x --device cudda", "--device cudda cannot be used"),
-        ("sample RUN --device gpu", "--device gpu cannot be used"),
+        ("train vae --data digits --out RUN/x --device cudda", "--device cudda cannot be used here"),
+        ("sample RUN --device gpu", "--device gpu cannot be used here"),
         ("sample RUN --labels 3", "did you mean --label?"),
         ("sample RUN --out RUN/x.wav", "a VAE are no sound"),
         ("sample RUN --out RUN/x.jpg", "must end in .png or .npy"),

@@ -83,6 +83,12 @@ def test_eval_and_traverse(run, tmp_path, capsys):
     assert values["n"] == 180 and values["loss"] == pytest.approx(-values["log_prob"])
     assert main(["eval", str(run), "--split", "validation"]) == 0
     assert "validation of digits" in capsys.readouterr().out
+    assert main(["eval", str(run), "--by-class", "--json"]) == 0
+    classes = json.loads(capsys.readouterr().out)["classes"]
+    assert list(classes) == list("0123456789")
+    counts = genkern.data.load("digits").test[1].bincount()
+    mean = sum(int(n) * c["log_prob"] for n, c in zip(counts, classes.values(), strict=True)) / 180
+    assert mean == pytest.approx(values["log_prob"], rel=1e-2)  # a bound's noise differs
     assert main(["traverse", str(run), "--out", str(tmp_path / "t.png"), "--steps", "4"]) == 0
     with Image.open(tmp_path / "t.png") as grid:
         assert grid.size == (4 * 5 * 8, 2 * 5 * 8)

@@ -64,6 +64,10 @@ class GPT(Tokens, Model):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
+    def optimizer(self, parameters, training):
+        """AdamW whose averages forget sooner than torch's defaults: short runs gain by it."""
+        return torch.optim.AdamW(parameters, training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
+
     def _run(self, tokens, state):
         """state: (tokens seen, keys and values (layers, 2, N, heads, context, width / heads)); caches only where gradients are off."""
         tokens = self._inputs(tokens, state)
