@@ -212,6 +212,15 @@ def ink(images, levels):
     return (x - low) / (high - low)
 
 
+def signed(name, images, config):
+    """Images of the model `name` as numbers in [-1, 1]: (N, channels, size, size) of its config, as ink() takes them."""
+    x = 2 * ink(images, config.levels) - 1
+    expected = (config.channels, config.size, config.size)
+    if tuple(x.shape[1:]) != expected:
+        raise ValueError(f"{name}: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+    return x
+
+
 def class_labels(name, labels, n, classes, device):
     """Labels of n samples of the model `name` as int64 (n,) on the device, from (n,) integers or one int for all, in 0..classes - 1.
 

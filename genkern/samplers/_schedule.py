@@ -7,8 +7,6 @@ import numpy as np
 
 from genkern.ops._common import check_choice
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow", "edm")
-
 
 @dataclass(frozen=True)
 class Grid:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from genkern import random, samplers
-from genkern.models._base import Model, Output, Training, ink
+from genkern.models._base import Model, Output, Training, signed
 from genkern.models.diffusion._process import process
 from genkern.models.diffusion.unet import GROUPS, UNet
 from genkern.ops import denoising_loss, q_sample
@@ -206,8 +206,4 @@ class DDPM(Model):
 
     def _images(self, images):
         """Images in [-1, 1]."""
-        x = 2 * ink(images, self.config.levels) - 1
-        expected = (self.config.channels, self.config.size, self.config.size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"{type(self).__name__}: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-        return x
+        return signed(type(self).__name__, images, self.config)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from genkern import random
 from genkern.metrics._distances import frechet_distance
-from genkern.models._base import Model, Output, Training, ink
+from genkern.models._base import Model, Output, Training, signed
 from genkern.models.gan.losses import LOSSES, discriminator_loss, generator_loss, gradient_penalty, r1_penalty
 from genkern.models.gan.networks import NETWORKS, NORMS, Discriminator, generator
 
@@ -164,11 +164,7 @@ class GAN(Model):
 
     def _images(self, images):
         """Images in [-1, 1]."""
-        x = 2 * ink(images, self.config.levels) - 1
-        expected = (self.config.channels, self.config.size, self.config.size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"{type(self).__name__}: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-        return x
+        return signed(type(self).__name__, images, self.config)
 
 
 def _coarse(x):

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genkern import random
-from genkern.models._base import Model, Output, Training, ink
+from genkern.models._base import Model, Output, Training, signed
 from genkern.ops import (
     bernoulli_nll,
     discretized_logistic_nll,
@@ -165,11 +165,7 @@ class VAE(Model):
 
     def _images(self, images):
         """Images in [-1, 1]."""
-        x = 2 * ink(images, self.config.levels) - 1
-        expected = (self.config.channels, self.config.size, self.config.size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"{type(self).__name__}: images must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-        return x
+        return signed(type(self).__name__, images, self.config)
 
     def _nll(self, x, z, **conditions):
         raw = self.decoder(self._code(z, **conditions))

@@ -122,7 +122,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             f"got {tuple(state.shape)}"
         )
     check_device(op, "state", state, "x", x)
-    check_written(op, {"state": state}, (x,))
+    check_written(op, {"state": state})
     if state_indices is not None:
         check_tensor(op, "state_indices", state_indices, torch.int32)
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
