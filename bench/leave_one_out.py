@@ -12,9 +12,12 @@ and 0.81 without the eights; the Gaussian has 0.62 and 0.72.
 
 import argparse
 import dataclasses
+import json
+from pathlib import Path
 
 import torch
 
+import genkern
 from genkern import cli, data, random, train
 from genkern.metrics import Gaussian
 
@@ -34,6 +37,7 @@ def main():
     parser.add_argument("--model", default="glow")
     parser.add_argument("--classes", type=lambda text: [int(c) for c in text.split(",")], default=list(range(10)))
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--out", help="a .json to which the model's figures are added")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     source, kind, rows = data.load("digits"), cli.model_class(arguments.model), []
@@ -49,8 +53,24 @@ def main():
         gaussian = Gaussian(rest)
         rows.append((auroc(*flow), auroc(*(gaussian.log_prob(x) for x in (rest.test[0], outside)))))
         print(f"without {left_out}: {arguments.model} {rows[-1][0]:.3f}  Gaussian {rows[-1][1]:.3f}", flush=True)
+        if arguments.out:
+            write(Path(arguments.out), arguments, rows)
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     print(f"mean: {arguments.model} {means[0]:.3f}  Gaussian {means[1]:.3f}")
+
+
+def write(file, arguments, rows):
+    """Add the model's figures of the classes so far."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    named = lambda pair: {"flow": round(pair[0], 4), "Gaussian": round(pair[1], 4)}
+    found[arguments.model] = {
+        "auroc": {str(c): named(row) for c, row in zip(arguments.classes, rows, strict=False)},
+        "mean": named([sum(column) / len(rows) for column in zip(*rows, strict=True)]),
+        "epochs": arguments.epochs,
+        "torch": torch.__version__,
+        "genkern": genkern.__version__,
+    }
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

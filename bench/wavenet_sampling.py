@@ -60,12 +60,12 @@ class Loop:
 
 @torch.no_grad()
 def today(model, samples, key):
-    loop, keys = Loop(model), random.split(key, 1)
+    loop, draws = Loop(model), random.split(random.split(key, 1), samples)
     x = model.quantized(torch.zeros(1, 1, 1)) if model.config.head == "softmax" else torch.zeros(1, 1, 1)
     sound = []
     for t in range(samples):
         params = loop(x[:, 0] if model.config.head != "softmax" else x[:, 0, 0])
-        x = model.draw(params, random.fold_in(keys, t))
+        x = model.draw(params, draws[:, t].contiguous())
         sound.append(x)
     return torch.cat(sound, 2)
 

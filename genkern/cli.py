@@ -111,13 +111,12 @@ def build(argv):
 def verify(argv):
     """Check every kernel against its reference on this machine; on a GPU this is what switches the kernels on."""
     parser = argparse.ArgumentParser(prog="genkern verify", description=verify.__doc__)
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     arguments = parser.parse_args(argv)
-    import torch
-
     from genkern.testing import verify as run
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _words("verify"):
+        device = _device(arguments.device).split(":")[0]
     print(f"every kernel for {device} tensors against its reference, at small sizes; this takes a minute or a few", flush=True)
     verdicts = run(device, lambda name, verdict: print(f"{name:40} {verdict}", flush=True))
     failed = sum(verdict != "passed" for verdict in verdicts.values())
@@ -134,7 +133,8 @@ def bench(argv):
     """Measure ops against eager PyTorch, torch.compile and the copy bandwidth, interleaved in one run."""
     from genkern.testing.bench import main as run
 
-    return run(argv)
+    with _words("bench"):
+        return run(argv)
 
 
 # ---- models
@@ -143,7 +143,7 @@ def bench(argv):
 @command
 def train(argv):
     """Train a model: genkern train vae --data digits --out run [--resume] [--epochs 20 ...]; under torchrun by several processes."""
-    parser = argparse.ArgumentParser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
+    parser = _Parser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
     parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
     parser.add_argument(
         "--data",
@@ -154,7 +154,7 @@ def train(argv):
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints within an epoch")
+    parser.add_argument("--save-every", type=_positive, metavar="STEPS", help="checkpoints within an epoch")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     if not argv or argv[0].startswith("-"):
         parser.parse_args([a for a in argv if a in ("-h", "--help")])  # the help, or that the name is missing
@@ -180,8 +180,7 @@ def train(argv):
         from genkern.train import fit
 
         given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = arguments["device"] or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        device = _device(arguments["device"], int(os.environ.get("LOCAL_RANK", 0)))
         source = data.load(arguments["data"], window=arguments["window"])
         torch.manual_seed(arguments["seed"])
         model = kind(kind.config_for(source, **given[kind.Config])).to(device)
@@ -213,6 +212,9 @@ def train(argv):
                 best = load_run(out, device)[0]
                 values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
                 _print_against_baselines(values, source, "test", best)
+                for part in source.by_class().values() if source.pictures else ():
+                    values = best.evaluate(*part.test, key=random.key(arguments["seed"]), likelihood=True)
+                    _print_against_baselines(values, part, "test", best)
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
@@ -243,7 +245,10 @@ def sample(argv):
             raise ValueError(f"--n must be at least 1, got {n}")
         if arguments.strip and not hasattr(model, "denoising"):
             raise ValueError(f"a {type(model).__name__} has no way from noise to image to show: leave --strip out")
-        out = Path(arguments.out)
+        out = _writable(arguments.out, ".png", ".npy", ".txt", ".wav")
+        sound = hasattr(model.config, "rate")
+        if out.suffix == ".wav" and not sound:
+            raise ValueError(f"the samples of a {type(model).__name__} are no sound")
         options = {name: value for name, value in vars(arguments).items() if name in sample_options(model)}
         values = _draw(model, n, arguments.seed, arguments.label, strip=arguments.strip, **options)
         if out.suffix == ".npy":
@@ -255,8 +260,12 @@ def sample(argv):
                 raise ValueError(f"the samples of a {type(model).__name__} are no text")
             text = b"\n\n".join(bytes(line) for line in values.tolist())
             _picture(out, lambda file, **_: file.write(text + b"\n"))
-        elif hasattr(model.config, "rate"):
+        elif sound:
             _sound(out, values, model.config.rate)
+        elif getattr(model.config, "shape", None) == (2,) and hasattr(model, "log_prob") and "labels" not in model.conditions:
+            from genkern import plots
+
+            _picture(out, plots.density(model, values).savefig, dpi=120)
         else:
             _picture(out, _grid(model, values).save)
         print(f"wrote {out}")
@@ -268,6 +277,7 @@ def eval_(argv):
     parser = _run_parser("eval", eval_)
     parser.add_argument("--data", help="by default that of the training")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--by-class", action="store_true", help="also the inputs of each class alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with _words("eval"):
@@ -277,14 +287,18 @@ def eval_(argv):
         if not (name := arguments.data or run.get("data")):
             raise ValueError(f"{arguments.folder} does not name its data: give --data")
         source = data.load(name, window=run.get("window"))
-        values = model.evaluate(*source.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        parts = [source, *(source.by_class().values() if arguments.by_class else ())]
+        measure = lambda part: model.evaluate(*part.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
+        found = [measure(part) for part in parts]
         if arguments.json:
-            print(json.dumps({"split": arguments.split, "n": len(source.split(arguments.split)[0]), **values}, indent=1))
+            classes = dict(zip(source.class_names, found[1:], strict=False))
+            facts = {"split": arguments.split, "n": len(source.split(arguments.split)[0]), **found[0]}
+            print(json.dumps(facts | ({"classes": classes} if classes else {}), indent=1))
         else:
-            columns = shutil.get_terminal_size().columns
-            print(plots.table([{"on": f"{arguments.split} of {source.name}", **values}], columns))
-            if hasattr(model, "bits_per_dim"):
-                _print_against_baselines(values, source, arguments.split, model)
+            rows = [{"on": f"{arguments.split} of {part.name}", **values} for part, values in zip(parts, found, strict=True)]
+            print(plots.table(rows, shutil.get_terminal_size().columns))
+            for part, values in zip(parts, found, strict=True) if hasattr(model, "bits_per_dim") else ():
+                _print_against_baselines(values, part, arguments.split, model)
 
 
 @command
@@ -297,16 +311,16 @@ def score(argv):
     parser.add_argument("--data", help="by default that of the training")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test", "all"))
     parser.add_argument("--out", help="a .npy for the numbers, in the order of the inputs")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lowest", type=int, default=5, help="how many of the most surprising inputs are listed")
+    parser.add_argument("--batch-size", type=_positive, default=256)
+    parser.add_argument("--lowest", type=_not_negative, default=5, help="how many of the most surprising inputs are listed")
     arguments = parser.parse_args(argv)
     with _words("score"):
         import torch
 
         from genkern import data, plots, random
 
-        if arguments.out and Path(arguments.out).suffix != ".npy":
-            raise ValueError(f"--out must end in .npy, got {arguments.out}")
+        if arguments.out:
+            _writable(arguments.out, ".npy")
         model, run = load_run(arguments.folder, arguments.device)
         if not hasattr(model, "log_prob"):
             raise ValueError(f"a {type(model).__name__} has no log_prob")
@@ -345,25 +359,28 @@ def score(argv):
 def traverse(argv):
     """Walk along each direction of a model's latent space, a row of images each: genkern traverse run --out traverse.png"""
     parser = _run_parser("traverse", traverse)
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=_positive, default=9)
     parser.add_argument("--out", default="traverse.png")
     arguments = parser.parse_args(argv)
     with _words("traverse"):
         from genkern import plots, random
 
+        out = _writable(arguments.out, ".png")
         model, _ = load_run(arguments.folder, arguments.device)
         if not hasattr(model, "traverse"):
             raise ValueError(f"{type(model).__name__} has no latent directions to traverse")
+        if len(getattr(model.config, "shape", (1, 1, 1))) != 3:
+            raise ValueError(f"this {type(model).__name__} is not of images: there is nothing to show")
         images = model.traverse(steps=arguments.steps, key=random.key(arguments.seed))
-        _picture(Path(arguments.out), plots.grid(images, levels=getattr(model.config, "levels", None)).save)
-        print(f"wrote {arguments.out}")
+        _picture(out, plots.grid(images, levels=getattr(model.config, "levels", None)).save)
+        print(f"wrote {out}")
 
 
 def model_names():
     """{name at the command line: class}: BetaVAE is beta-vae."""
     from genkern.models._base import MODELS
 
-    return {_kebab(name): kind for name, kind in sorted(MODELS.items()) if hasattr(kind, "Config")}
+    return dict(sorted((_kebab(name), kind) for name, kind in MODELS.items() if hasattr(kind, "Config")))
 
 
 def model_class(name):
@@ -381,8 +398,6 @@ def model_class(name):
 
 def load_run(folder, device=None):
     """(the model, what run.json says) of a folder that fit() or save_pretrained() wrote."""
-    import torch
-
     from genkern import models
 
     folder = Path(folder)
@@ -390,14 +405,68 @@ def load_run(folder, device=None):
         raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "run.json").exists() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds a run that has not finished an epoch, or not its first stage")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.load(folder).to(device)
-    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-    return model, run
+    device, run = _device(device), {}
+    if (folder / "run.json").exists():
+        try:
+            run = json.loads((folder / "run.json").read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder / 'run.json'} cannot be used: {error}") from error
+        if not isinstance(run, dict) or not isinstance(run.get("data", ""), str):
+            raise ValueError(f"{folder / 'run.json'} cannot be used: it must be an object, and its data a name")
+    return models.load(folder).to(device), run
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, which says of a mistyped option which one may be meant."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[a-z-]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        super().error(message + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _not_negative(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return int(text)
+
+
+_positive.__name__ = _not_negative.__name__ = "int"  # what argparse names in its error
+
+
+def _device(name, local=0):
+    """The name of a device that is here: by default the GPU of this number, where there is one."""
+    import torch
+
+    if name is None:
+        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _writable(out, *suffixes):
+    """The path of --out, looked at before the work is done."""
+    path = Path(out)
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {out}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out is a folder, expected a file: {out}")
+    return path
 
 
 def _run_parser(name, function):
-    parser = argparse.ArgumentParser(prog=f"genkern {name}", description=function.__doc__, allow_abbrev=False)
+    parser = _Parser(prog=f"genkern {name}", description=function.__doc__, allow_abbrev=False)
     parser.add_argument("folder", help="of the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -417,7 +486,7 @@ def _print_against_baselines(values, source, split, model):
     else:
         return
     found = {f"the model ({name})": own, **{other: bits * scale for other, bits in baselines(source, split, model).items()}}
-    print(f"{split}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
+    print(f"{split} of {source.name}, {unit}: " + ", ".join(f"{who} {value:.3f}" for who, value in found.items()))
 
 
 def sample_options(model):
@@ -471,6 +540,11 @@ def labels(model, n, label=None):
 def _grid(model, values):
     from genkern import plots
 
+    if values.dim() < 4:
+        shape = tuple(values.shape[1:])
+        raise ValueError(
+            f"samples of this {type(model).__name__} are no images but {shape}: give an --out of .npy, or of .txt for text"
+        )
     return plots.grid(values, levels=getattr(model.config, "levels", None))
 
 
@@ -503,10 +577,6 @@ def _picture(path, save, **settings):
 
     from genkern.models._base import write
 
-    if path.suffix not in (".png", ".npy", ".txt", ".wav"):
-        raise ValueError(f"the file must end in .png, .npy, .txt or .wav, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     file = io.BytesIO()
     save(file, **({"format": "png"} if path.suffix == ".png" else {}), **settings)
     write(path, file.getvalue())

@@ -44,6 +44,7 @@ class Data:
     class_names: tuple = ()  # label i is class_names[i]
     window: int | None = None  # length of the windows into which bytes and sound are cut
     rate: int | None = None  # sound: samples per second
+    pictures: dict = dataclasses.field(default_factory=dict)  # {class name: the picture (C, H, W) its held-out patches are cut from}
 
     @property
     def classes(self):
@@ -55,6 +56,18 @@ class Data:
         if name not in SPLITS:
             raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {name!r}")
         return getattr(self, name)
+
+    def by_class(self):
+        """{class name: the Data of its inputs alone}, labels as they were."""
+        labels = self.train[1]
+        if labels is None or labels.dim() != 1:
+            raise ValueError(f"data: {self.name} has no label for each input")
+        parts = {}
+        for label, name in enumerate(self.class_names):
+            splits = {split: tuple(x[self.split(split)[1] == label] for x in self.split(split)) for split in SPLITS}
+            pictures = {name: self.pictures[name]} if name in self.pictures else {}
+            parts[name] = dataclasses.replace(self, name=f"{self.name}: {name}", pictures=pictures, **splits)
+        return parts
 
 
 def load(source, *, window=None):
@@ -160,19 +173,20 @@ def _photos():
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise ImportError('load: photos need scikit-learn and Pillow, of the extra "models": pip install "genkern[models]"') from error
-    parts = {split: [] for split in SPLITS}
-    for picture in load_sample_images().images:  # (427, 640, 3)
+    parts, names, pictures = {split: [] for split in SPLITS}, ("china", "flower"), {}
+    for name, picture in zip(names, load_sample_images().images, strict=True):  # (427, 640, 3)
         pixels = torch.tensor(picture)
         cut = pixels.shape[1] * 3 // 4
         patches = lambda area, step: area.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1)  # (N, 3, 32, 32)
         kept = patches(pixels[:, cut:], 32)
+        pictures[name] = pixels[:, cut:].permute(2, 0, 1).contiguous()
         for split, some in zip(SPLITS, (patches(pixels[:, :cut], 8), kept[0::2], kept[1::2]), strict=True):
             parts[split].append(some.contiguous())
     splits = {
         split: (torch.cat(pair), torch.repeat_interleave(torch.arange(2), torch.tensor([len(x) for x in pair])))
         for split, pair in parts.items()
     }
-    return Data("photos", **splits, shape=(3, 32, 32), levels=255, class_names=("china", "flower"))
+    return Data("photos", **splits, shape=(3, 32, 32), levels=255, class_names=names, pictures=pictures)
 
 
 def _topics(length):

@@ -84,10 +84,10 @@ def curves(history):
     return figure
 
 
-def density(model, points=None, *, bounds=None, steps=200):
+def density(model, points=None, *, bounds=None, steps=200, **conditions):
     """A matplotlib figure of the density of a model of points in the plane, exp(log_prob), with some points on top.
 
-    bounds: (left, right, bottom, top), by default those of the points and a fifth more.
+    bounds: (left, right, bottom, top), by default those of the points and a fifth more. conditions: of log_prob, such as labels=3.
     """
     try:
         from matplotlib.figure import Figure
@@ -104,7 +104,7 @@ def density(model, points=None, *, bounds=None, steps=200):
     x, y = torch.linspace(*bounds[:2], steps), torch.linspace(*bounds[2:], steps)
     plane = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2)  # rows of the picture go up
     with torch.no_grad():
-        values = model.log_prob(plane.to(next(model.parameters()).device)).exp().view(steps, steps).cpu()
+        values = model.log_prob(plane.to(next(model.parameters()).device), **conditions).exp().view(steps, steps).cpu()
     figure = Figure(figsize=(5, 4.2), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(axes.imshow(values.numpy(), origin="lower", extent=bounds, aspect="auto"), label="density")

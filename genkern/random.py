@@ -48,7 +48,10 @@ def split(key, n):
     check_key("split", key)
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"split: n must be a non-negative int, got {n!r}")
-    return _keys_at(key, torch.arange(n, device=key.device))
+    if transforming() or key.device.type not in ("cpu", "cuda"):
+        return _keys_at(key, torch.arange(n, device=key.device))
+    low = (bits(key, (*key.shape[:-1], 4 * n)).to(torch.int64) & 0xFFFFFFFF).unflatten(-1, (n, 4))  # the same words from the kernel
+    return _keys_of(low)
 
 
 def fold_in(key, data):
@@ -96,7 +99,11 @@ def _signed(x):
 
 
 def _keys_at(key, index):
-    low = _random.words(key, index)
+    return _keys_of(_random.words(key, index))
+
+
+def _keys_of(low):
+    """Keys (..., 2) of the four words (..., 4) of a counter."""
     return torch.stack([low[..., 1] << 32 | low[..., 0], low[..., 3] << 32 | low[..., 2]], -1)
 
 

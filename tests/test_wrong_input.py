@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genkern import ops, random
+from genkern import nn, ops, random
 from genkern.random import key
 
 
@@ -36,6 +36,7 @@ CALLS = [  # good arguments, of which one at a time is replaced
     (ops.causal_conv1d, dict(x=r(2, 3, 2), weight=r(3, 1, 4), groups=3, seq_idx=i([0, 0], [0, 1], dtype=torch.int32))),
     (ops.causal_conv1d_update, dict(x=r(2, 3), state=r(4, 3, 3), weight=r(3, 4), bias=r(3), state_indices=i(0, 2, dtype=torch.int32))),
     (ops.denoising_loss, dict(prediction=r(2, 3), x0=r(2, 3), timesteps=i(1, 2), table=TABLE, key=KEY, target="eps", weighting="p2")),
+    (ops.denoising_loss, dict(prediction=r(2, 3), wanted=r(2, 3), timesteps=i(1, 2), table=TABLE, target="v", weighting="edm")),
     (ops.dequantize, dict(x=U8, levels=16, key=KEY, transform="logit", alpha=0.1)),
     (ops.discretized_logistic_nll, dict(mu=r(2, 3), log_scale=r(2, 3), x=r(2, 3), levels=256)),
     (ops.discretized_mix_logistic_cdf, dict(params=r(2, 20, 2), previous=r(2, 1, 2), levels=16)),
@@ -148,3 +149,63 @@ def test_a_wrong_argument_is_refused_in_words_and_nothing_is_written(function, a
 def test_every_public_op_is_tried():
     missing = {name for name in ops.__all__} - {function.__name__ for function, _ in CALLS}
     assert missing == {"made_inverse"}  # which takes functions: tests/flow/test_made_inverse.py
+
+
+def network(width):
+    linear = torch.nn.Linear(2, width)
+    return lambda kept, context: linear(kept)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.ActNorm(3)(r(2, 4)), r"ActNorm: x must be \(N, 3"),
+        (lambda: nn.ActNorm(3)([1.0]), "ActNorm: x must be a tensor"),
+        (lambda: nn.AffineCoupling(network(4), 4, scale="sigmiod"), "AffineCoupling: scale must be one of"),
+        (lambda: nn.AffineCoupling(network(4), 4, changed=9), "changed must be in 1..4"),
+        (lambda: nn.AffineCoupling(network(4), 4)(r(2, 5)), r"AffineCoupling: x must be \(N, 4"),
+        (lambda: nn.CausalAttention2d(4)(r(2, 3, 2, 2)), "CausalAttention2d: x must have shape"),
+        (lambda: nn.CausalConv1d(3, 3, 2).step(r(2, 1)), r"step: input must be \(N, 3\)"),
+        (lambda: nn.GroupNormAct(2, 4, activation="sillu"), "activation must be one of"),
+        (lambda: nn.GroupNormAct(0, 4), "num_groups must divide"),
+        (lambda: nn.MADE(3, 0), "at least 1"),
+        (lambda: nn.Permute([0, 0, 1]), "Permute: order must be"),
+        (lambda: nn.Permute([1, 0])(r(2, 3)), r"Permute: x must be \(N, 2"),
+        (lambda: nn.SplineCoupling(network(3), 4, bins=0), "bins must be a positive int"),
+        (lambda: nn.SplineCoupling(network(3), 4)(r(2, 4)), "needs 46 parameters"),
+        (lambda: nn.Squeeze("chanel"), "Squeeze: order must be one of"),
+    ],
+)
+def test_layers_refuse_in_words(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()
+
+
+@torch.no_grad()
+def test_a_step_with_the_state_of_other_samples_is_refused():
+    layer = nn.CausalConv1d(3, 3, 4)
+    state = layer.step(r(3, 3))[1]
+    with pytest.raises(ValueError, match="the 3 samples of its state, got 1"):
+        layer.step(r(1, 3), state)
+
+
+def test_memory_that_overlaps_is_refused():
+    table, history = r(3, 13), r(3, 15)
+    buffer, m = r(5, 8), r(4, 8)
+    x, shifted = buffer[:4], buffer[1:]
+    before = buffer.clone()
+    for call, words in (
+        (lambda: ops.sampler_step(x, m, table, 1, out=shifted), "out must not overlap"),
+        (lambda: ops.sampler_step(m, m, history, 1, m, out=x, history_out=x), "history_out and out must not share"),
+        (lambda: ops.sampler_step(x, m, table, 1, out=r(1, 8).expand(4, 8)), "out must not be expanded"),
+        (lambda: ops.group_norm_act(x, 2, out=shifted), "out must not overlap"),
+        (lambda: ops.affine_coupling_(x, x[:, :4]), "x and params must not share"),
+        (lambda: ops.affine_coupling_(r(1, 4).expand(3, 4), r(3, 4)), "x must not be expanded"),
+        (lambda: ops.causal_conv1d_update(r(3, 2), r(1, 2, 3).expand(3, 2, 3), r(2, 4)), "state must not be expanded"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert torch.equal(buffer, before)
+    expected = ops.sampler_step(x, m, table, 1)
+    assert torch.equal(ops.sampler_step(x, m, table, 1, out=x), expected)  # in place
+    ops.affine_coupling_(buffer[:, :4], buffer[:, 4:])  # columns of one tensor

@@ -448,6 +448,23 @@ GK_FN lane_f32 vector_of_three(const lane_f32* column, std::integer_sequence<int
   return __builtin_shufflevector(two, column[2], ((first + q) % 3 < 2 ? q : kLanes + (first + q) / 3)...);
 }
 
+// Four neighbours of every lane: element j of the result is element 4 j + i of the vectors a.
+template <int i, int... j>
+GK_FN lane_f32 column_of_four(const lane_f32* a, std::integer_sequence<int, j...>) {
+  const lane_f32 low = __builtin_shufflevector(a[0], a[1], (j < kLanes / 2 ? 4 * j + i : 0)...);
+  const lane_f32 high = __builtin_shufflevector(a[2], a[3], (j < kLanes / 2 ? 4 * j + i : 0)...);
+  return __builtin_shufflevector(low, high, (j < kLanes / 2 ? j : kLanes / 2 + j)...);
+}
+GK_FN void weights_of_four(const float* weight, float* to) {  // (kLanes, 4) to (4, kLanes)
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+  lane_f32 a[4];
+  for (int m = 0; m < 4; m++) a[m] = load<lane_f32>(weight + m * kLanes);
+  store(to, column_of_four<0>(a, Lanes()));
+  store(to + kLanes, column_of_four<1>(a, Lanes()));
+  store(to + 2 * kLanes, column_of_four<2>(a, Lanes()));
+  store(to + 3 * kLanes, column_of_four<3>(a, Lanes()));
+}
+
 // One step of a whole vector of channels, four taps, everything contiguous float: the step of state space models.
 GK_FN void step_of_four(const float* x, float* state, const float* w, float* y, bool activate) {
   using Lanes = std::make_integer_sequence<int, kLanes>;
@@ -471,7 +488,11 @@ void steps(const StepJob& job) {
   for (int64_t b = 0; b < blocks; b++) {
     const int count = static_cast<int>(std::min<int64_t>(kCount, job.channels - b * kCount));
     S* to = weights.data() + b * (job.taps + 1) * kCount;
-    for (int64_t k = 0; k < job.taps; k++) gather(job.weight, b * kCount * job.taps + k, job.taps, count, to + k * kCount);
+    bool done = false;
+    if constexpr (sizeof(S) == 4)
+      if ((done = job.taps == 4 && count == kCount && job.weight.storage == Storage::kFloat))
+        weights_of_four(static_cast<const float*>(job.weight.data) + b * kCount * 4, to);
+    for (int64_t k = 0; k < job.taps && !done; k++) gather(job.weight, b * kCount * job.taps + k, job.taps, count, to + k * kCount);
     if (job.bias.data) gather(job.bias, b * kCount, 1, count, to + job.taps * kCount);
   }
   const bool of_four = job.taps == 4 && job.length == 3 && job.dilation == 1 && job.time == 1 && job.state_stride[1] == 3 &&

@@ -6,7 +6,6 @@
 
 #include "causal_conv1d.h"
 #include "dense_product.h"
-#include "gate.h"
 
 namespace gk {
 namespace {
@@ -94,17 +93,6 @@ void gather(const DenseJob<S>& job, int64_t group, int64_t first, int64_t count,
         }
       }
   });
-}
-
-// a becomes tanh(a + condition) sigmoid(b + condition). c, d: of the condition, null without one.
-template <class S>
-void gate_line(S* a, const S* b, const S* c, const S* d, int64_t count) {
-  using V = typename Tile<S>::V;
-  for (int64_t i = 0; i < count; i += Lane<V>::kCount) {
-    V first = load<V>(a + i), second = load<V>(b + i);
-    if (c) first = first + load<V>(c + i), second = second + load<V>(d + i);
-    store(a + i, gate(first, second));
-  }
 }
 
 template <class S>

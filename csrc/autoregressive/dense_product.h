@@ -1,8 +1,9 @@
-// Products of packed weights (outputs, depth) with a few columns (depth, columns), the arithmetic of dense causal convolutions. An
-// output is the bias, then the sums over kChain numbers of the depth each, every one a chain of fused multiply-adds. Two kernels
-// form the same sums: one with lanes over columns, for whole tiles of them, and one with lanes over outputs, for steps. So an
-// output has the same bits however columns are put together.
+// Products of packed weights (outputs, depth) with a few columns (depth, columns), the arithmetic of dense causal convolutions, and
+// their gate. An output is the bias, then the sums over kChain numbers of the depth each, every one a chain of fused multiply-adds.
+// Two kernels form the same sums: one with lanes over columns, for whole tiles of them, and one with lanes over outputs, for steps.
+// So an output has the same bits however columns are put together.
 #pragma once
+#include "gate.h"
 #include "rows.h"
 
 namespace gk {
@@ -115,6 +116,17 @@ template <class S, int kMost = Tile<S>::kSteps>
 void product_of_steps(const Weights<S>& weights, const S* x, int64_t count, S* y) {
   if (count == kMost) return all_outputs<S, kMost>(weights, x, y);
   if constexpr (kMost > 1) product_of_steps<S, kMost - 1>(weights, x, count, y);
+}
+
+// a becomes tanh(a + c) sigmoid(b + d); c, d: null without a condition. Whole vectors are read, and written over what follows a.
+template <class S>
+void gate_line(S* a, const S* b, const S* c, const S* d, int64_t count) {
+  using V = typename Tile<S>::V;
+  for (int64_t i = 0; i < count; i += Lane<V>::kCount) {
+    V first = load<V>(a + i), second = load<V>(b + i);
+    if (c) first = first + load<V>(c + i), second = second + load<V>(d + i);
+    store(a + i, gate(first, second));
+  }
 }
 
 }  // namespace gk

@@ -24,8 +24,17 @@ struct GroupNormGradients {  // data null: the argument is absent
 };
 
 template <class V>
+GK_FN V logistic(V z) {  // the denominator stays finite, as divide wants it; below, the result times z is next to nothing
+  constexpr double kLeast = sizeof(Scalar<V>) == 4 ? -88 : -700;
+  return divide(splat<V>(1), exp(-(z < splat<V>(kLeast) ? splat<V>(kLeast) : z)) + 1.0f);
+}
+template <class V>
+GK_FN V silu(V z) {
+  return z * logistic(z);
+}
+template <class V>
 GK_FN V silu_derivative(V z) {
-  const V s = sigmoid(z);
+  const V s = logistic(z);
   return s * fma(z, 1.0f - s, splat<V>(1));
 }
 

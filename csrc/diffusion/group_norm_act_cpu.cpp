@@ -1,6 +1,7 @@
 // group_norm_act on the CPU: one group of one sample at a time, in tiles that stay in L1. The statistics take each tile's own mean
 // as origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The
-// backward pass makes the statistics again, adds up three numbers per channel, and from those writes the gradients.
+// backward pass makes the statistics again, adds up three numbers per channel while it leaves the gradient before the activation
+// where that of x will stand, and from those writes the gradients.
 #include "group_norm_act.h"
 
 namespace gk {
@@ -10,7 +11,8 @@ template <class S>
 using VectorOf = typename Vector<S>::type;
 template <class S>
 constexpr int64_t kGroupTile = 64 * Lane<VectorOf<S>>::kCount;
-constexpr int64_t kKept = 1 << 16;  // the backward pass keeps dz of a group of so many elements, and of larger ones makes it again
+constexpr int64_t kKept =
+    1 << 16;  // where the gradient of x is narrow, dz of a group of so many elements is kept, of larger ones made again
 
 template <class V>
 GK_FN V load_part(const Scalar<V>* p, int count) {
@@ -31,17 +33,28 @@ GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a 
   if (i < n) f(i, static_cast<int>(n - i));
 }
 GK_FN double sum_of(double x) { return x; }
-GK_FN double sum_of(lane_f32 x) {  // in a tree: rows may be short, and sum_lanes' one chain then takes much of the time
+template <int n>
+double sum_of_doubles(
+    const double* x) {  // in a tree of vectors: rows may be short, and sum_lanes' one chain then takes much of the time
+  if constexpr (n == 1) {
+    return *x;
+  } else {
+    typedef double half __attribute__((vector_size(4 * n)));
+    half low, high;
+    memcpy(&low, x, sizeof(half));
+    memcpy(&high, x + n / 2, sizeof(half));
+    low += high;
+    double sums[n / 2];
+    memcpy(sums, &low, sizeof(half));
+    return sum_of_doubles<n / 2>(sums);
+  }
+}
+GK_FN double sum_of(lane_f32 x) {
   typedef double all __attribute__((vector_size(8 * kLanes)));
-  typedef double half __attribute__((vector_size(4 * kLanes)));
   const all wide = __builtin_convertvector(x, all);
-  half low, high;
-  memcpy(&low, &wide, sizeof(half));
-  memcpy(&high, reinterpret_cast<const char*>(&wide) + sizeof(half), sizeof(half));
-  low += high;
-  double total[2] = {};
-  for (int i = 0; i < kLanes / 2; i++) total[i % 2] += low[i];
-  return total[0] + total[1];
+  double sums[kLanes];
+  memcpy(sums, &wide, sizeof(all));
+  return sum_of_doubles<kLanes>(sums);
 }
 #define GK_INLINE __attribute__((always_inline))
 
@@ -190,7 +203,7 @@ void forward(const GroupNorm& job) {
           const V a = splat<V>(affine.a), b = splat<V>(affine.b), centre = splat<V>(s.centre());
           each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
             V z = fma(a, load_part<V>(u + start + i, k) - centre, b);
-            if constexpr (kSilu) z = z * sigmoid(z);
+            if constexpr (kSilu) z = silu(z);
             store_part(out + start + i, z, k);
           });
         });
@@ -206,13 +219,16 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   const int64_t rows = job.samples * job.channels, per_group = job.channels_per_group();
   double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + rows, *const sum_xhat = d.sums + 2 * rows;
   std::fill(d.sums, d.sums + 3 * rows, 0.0);
+  // dz stands in the gradient of x until that is written, unless it is in two pieces or of another type.
+  const bool in_place = kSilu && !d.x2.data && place<S>(d.x, 0, 0, nullptr) != nullptr;
   over_groups(job, [&](int64_t begin, int64_t end) {
     alignas(64) S buffer[kGroupTile<S>], grad_buffer[kGroupTile<S>], out[kGroupTile<S>];
-    const bool keep = kSilu && per_group * job.pixels <= kKept;
-    std::vector<S> kept(static_cast<size_t>(keep ? per_group * job.pixels : 0));
+    const bool keep = in_place || (kSilu && per_group * job.pixels <= kKept);
+    std::vector<S> kept(static_cast<size_t>(keep && !in_place ? per_group * job.pixels : 0));
     for (int64_t index = begin; index < end; index++) {
       const Group<S> group(job, index);
       const Statistics<S> s(group, buffer);
+      S* const dz_of_group = in_place ? place<S>(d.x, group.sample, group.in_sample(0), nullptr) : kept.data();
       const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
       const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
         if constexpr (kSilu)
@@ -220,27 +236,30 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         else
           return dy;
       };
-      group.each_tile([&](int64_t at, int64_t n) {
-        const S* u = group.values(at, n, buffer);
-        const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
-        group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-          const Affine<S> affine(group, s, channel);
-          const V a = splat<V>(affine.a), b = splat<V>(affine.b);
-          V total = {}, total_xhat = {}, total_of_xhat = {};
-          each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
-            const V centred = keep_first(load_part<V>(u + start + i, k) - centre, k);
-            const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b), xhat = keep_first(fma(centred, rstd, offset), k);
-            if (keep) store_part(kept.data() + at + start + i, dz, k);
-            total = total + dz;
-            total_xhat = fma(dz, xhat, total_xhat);
-            total_of_xhat = total_of_xhat + xhat;
+      const auto add_up = [&](auto with_xhat) {
+        group.each_tile([&](int64_t at, int64_t n) {
+          const S* u = group.values(at, n, buffer);
+          const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
+          group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
+            const Affine<S> affine(group, s, channel);
+            const V a = splat<V>(affine.a), b = splat<V>(affine.b);
+            V total = {}, total_xhat = {}, total_of_xhat = {};
+            each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+              const V centred = keep_first(load_part<V>(u + start + i, k) - centre, k);
+              const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b), xhat = keep_first(fma(centred, rstd, offset), k);
+              if (keep) store_part(dz_of_group + at + start + i, dz, k);
+              total = total + dz;
+              total_xhat = fma(dz, xhat, total_xhat);
+              if constexpr (with_xhat()) total_of_xhat = total_of_xhat + xhat;
+            });
+            const int64_t row = group.row(channel);
+            sum_dz[row] += sum_of(total);
+            sum_dz_xhat[row] += sum_of(total_xhat);
+            if constexpr (with_xhat()) sum_xhat[row] += sum_of(total_of_xhat);
           });
-          const int64_t row = group.row(channel);
-          sum_dz[row] += sum_of(total);
-          sum_dz_xhat[row] += sum_of(total_xhat);
-          if (job.pre_bias.data) sum_xhat[row] += sum_of(total_of_xhat);
         });
-      });
+      };
+      job.pre_bias.data ? add_up(std::true_type{}) : add_up(std::false_type{});
       double mean_g = 0, mean_g_xhat = 0;  // of g = dz * gain * weight, the gradient of xhat
       for (int64_t channel = 0; channel < per_group; channel++) {
         const Affine<S> affine(group, s, channel);
@@ -253,7 +272,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       mean_g /= static_cast<double>(group.size()), mean_g_xhat /= static_cast<double>(group.size());
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
-        const S* dy = keep ? kept.data() + at : read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
+        const S* dy = keep ? dz_of_group + at : read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
           const Affine<S> affine(group, s, channel);
           const V a = splat<V>(affine.a), b = splat<V>(affine.b);

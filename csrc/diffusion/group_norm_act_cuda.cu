@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job) 
     const int channel = i / group.pixels;
     const Affine<S> affine(group, channel);
     S z = fma(affine.a, fma(group.u(i, channel) - s.centre, s.rstd, s.offset), affine.b);
-    if (kSilu) z = z * sigmoid(z);
+    if (kSilu) z = silu(z);
     write_one(job.y, group.sample * job.y.row_stride + group.in_sample(i), z);
   }
 }

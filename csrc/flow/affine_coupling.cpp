@@ -23,7 +23,7 @@ struct SigmoidScale {  // s = sigmoid(u + 2)
   double limit;
   template <class V>
   GK_FN Scaled<V> operator()(V u) const {
-    const V a = u + 2, e = exp(a < 0 ? a : -a), small = e / (e + 1), large = 1 / (e + 1);
+    const V a = u + 2, e = exp(a < 0 ? a : -a), large = divide(splat<V>(1), e + 1), small = e * large;
     return {a < 0 ? small : large, (a < 0 ? a : V{}) - log1p_of_unit(e), a < 0 ? large : small};
   }
 };
@@ -36,7 +36,7 @@ struct SigmoidFloorScale {  // s = sigmoid(u + 2) + 1e-3
   double limit;
   template <class V>
   GK_FN Scaled<V> operator()(V u) const {
-    const V a = u + 2, e = exp(a < 0 ? a : -a), small = e / (e + 1), large = 1 / (e + 1);
+    const V a = u + 2, e = exp(a < 0 ? a : -a), large = divide(splat<V>(1), e + 1), small = e * large;
     return above(a < 0 ? small : large, small * large, 1e-3);
   }
 };
@@ -45,7 +45,7 @@ struct SoftplusScale {  // s = softplus(u) + 1e-3
   template <class V>
   GK_FN Scaled<V> operator()(V u) const {
     const V e = exp(u < 0 ? u : -u), one = splat<V>(1);
-    return above((u < 0 ? V{} : u) + log1p_of_unit(e), (u < 0 ? e : one) / (e + 1), 1e-3);
+    return above((u < 0 ? V{} : u) + log1p_of_unit(e), divide(u < 0 ? e : one, e + 1), 1e-3);
   }
 };
 struct TanhScale {  // ln s = limit tanh(u)
@@ -171,36 +171,40 @@ void pass_through(const Rows& from, const Rows& to, const Halves& halves, const 
 }
 
 Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const Tensor& params, const MaybeTensor& mask,
-                 int64_t scale, bool scale_first, bool shift_first, bool inverse, double limit) {
+                 const MaybeTensor& running, int64_t scale, bool scale_first, bool shift_first, bool inverse, double limit) {
   const ScalarType type = promote(x.scalar_type(), params.scalar_type());
   Tensor log_det = torch::stable::new_empty(x, {x.size(0)}, sum_type(type));
+  const MaybeTensor onto = running ? MaybeTensor(torch::stable::contiguous(*running)) : running;
+  Array sum = per_row(log_det);
+  if (onto) sum.onto = onto->data_ptr();
   const Rows param_rows(params);
   const Halves halves(x_rows, param_rows, scale_first);
   with_scale(scale, limit, [&](auto map) {
     const Coupling<decltype(map)> f{{}, map, inverse, shift_first, mask.has_value()};
     const Arrays<4> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows), mask_of(mask)};
-    run_rows(f, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {per_row(log_det)}, x);
+    run_rows(f, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {sum}, x);
   });
   return log_det;
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor mask, int64_t scale, bool scale_first,
-                                           bool shift_first, bool inverse, double limit) {
+std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor mask, MaybeTensor running, int64_t scale,
+                                           bool scale_first, bool shift_first, bool inverse, double limit) {
   Tensor y = torch::stable::new_empty(x, x.sizes(), promote(x.scalar_type(), params.scalar_type()));
   const Rows x_rows(x), y_rows(y);
   pass_through(x_rows, y_rows, Halves(x_rows, Rows(params), scale_first), x);
-  return {y, transform(x, x_rows, y_rows, params, mask, scale, scale_first, shift_first, inverse, limit)};
+  return {y, transform(x, x_rows, y_rows, params, mask, running, scale, scale_first, shift_first, inverse, limit)};
 }
 
 // The transformed elements are overwritten, the others not touched. x has dense rows, as Python has seen to.
-Tensor affine_coupling_(Tensor x, Tensor params, MaybeTensor mask, int64_t scale, bool scale_first, bool shift_first, bool inverse,
-                        double limit) {
+Tensor affine_coupling_(Tensor x, Tensor params, MaybeTensor mask, MaybeTensor running, int64_t scale, bool scale_first,
+                        bool shift_first, bool inverse, double limit) {
   const Rows rows(x);
-  return transform(x, rows, rows, params, mask, scale, scale_first, shift_first, inverse, limit);
+  return transform(x, rows, rows, params, mask, running, scale, scale_first, shift_first, inverse, limit);
 }
 
 std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor params, MaybeTensor mask,
-                                             int64_t scale, bool scale_first, bool shift_first, bool inverse, double limit) {
+                                             MaybeTensor running, int64_t scale, bool scale_first, bool shift_first, bool inverse,
+                                             double limit) {
   Tensor d_x = torch::stable::new_empty(x, x.sizes()), d_params = torch::stable::new_empty(params, params.sizes());
   const Rows x_rows(x), param_rows(params), grad_rows(grad_y), d_x_rows(d_x), d_param_rows(d_params);
   const Halves halves(x_rows, param_rows, scale_first);
@@ -212,7 +216,12 @@ std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det,
     const Arrays<3> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows)};
     run_rows(f, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
   });
-  return {d_x, d_params};
+  std::vector<Tensor> gradients{d_x, d_params};
+  if (running) {  // gets what log_det gets, as a tensor of its own
+    gradients.push_back(torch::stable::new_empty(*running, running->sizes()));
+    torch::stable::copy_(gradients[2], grad_log_det);
+  }
+  return gradients;
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ struct RawLanes {  // parameters of kCount elements as [parameter][element]; gra
   Wide<V>*weights_x, *weights_y;
   GK_FN void open(const SplineShape& shape) {
     make_moderate(widths, shape.bins), make_moderate(heights, shape.bins);
-    for (int k = 0; k < shape.bins; k++) weights_x[k] = exp_between(widen(widths[k])), weights_y[k] = exp_between(widen(heights[k]));
+    for (int k = 0; k < shape.bins; k++)
+      weights_x[k] = exp_between(widen(widths[k])), weights_y[k] = exp_between(widen(heights[k]));
   }
   GK_FN V slope(int k) const { return slopes[k]; }
   GK_FN Wide<V> weight_x(int k) const { return weights_x[k]; }

@@ -70,8 +70,10 @@ using Scalar = typename Lane<V>::Scalar;
 
 template <class V>
 GK_FN V splat(double x) {
-  if constexpr (Lane<V>::kCount == 1) return static_cast<V>(x);
-  else return static_cast<Scalar<V>>(x) - V{};
+  if constexpr (Lane<V>::kCount == 1)
+    return static_cast<V>(x);
+  else
+    return static_cast<Scalar<V>>(x) - V{};
 }
 template <class To, class From>
 GK_FN To bitcast(From x) {
@@ -84,14 +86,16 @@ template <class V>
 GK_FN V to_float(typename Lane<V>::Int x) {
   if constexpr (Lane<V>::kCount == 1) return static_cast<V>(x);
 #ifndef __CUDACC__
-  else return __builtin_convertvector(x, V);
+  else
+    return __builtin_convertvector(x, V);
 #endif
 }
 template <class V>
 GK_FN typename Lane<V>::Int to_int(V x) {  // truncates
   if constexpr (Lane<V>::kCount == 1) return static_cast<typename Lane<V>::Int>(x);
 #ifndef __CUDACC__
-  else return __builtin_convertvector(x, typename Lane<V>::Int);
+  else
+    return __builtin_convertvector(x, typename Lane<V>::Int);
 #endif
 }
 
@@ -132,7 +136,8 @@ GK_FN lane_f32 sqrt(lane_f32 x) {
 }
 #endif
 
-// a / b for finite b, rounded almost always as the division would be; the machine's division of 16 lanes takes as long as ten products.
+// a / b for finite b, rounded almost always as the division would be; the machine's division of 16 lanes takes as long as ten
+// products.
 GK_FN float divide(float a, float b) { return a / b; }
 GK_FN double divide(double a, double b) { return a / b; }
 #ifndef __CUDACC__
@@ -174,8 +179,8 @@ GK_FN V exp_tail_polynomial(V x) {  // (e^x - 1 - x) / x^2 for |x| <= ln(2) / 2
   if constexpr (sizeof(Scalar<V>) == 4)
     return horner_fma(x, 0.5, 0.16666666, 0.041666463, 0.008333571, 0.0013935097, 0.00019739558);
   else
-    return horner_fma(x, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
-                      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0);
+    return horner_fma(x, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800,
+                      1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0);
 }
 
 GK_FN float exp(float x) { return ::expf(x); }
@@ -228,7 +233,8 @@ GK_FN lane_f32 log(lane_f32 x) {  // x = 2^n m, m in [3/4, 3/2); log 0 is -infin
   const lane_f32 n = to_float<lane_f32>(exponent) - (tiny ? splat<lane_f32>(23) : lane_f32{});
   const lane_f32 f = bitcast<lane_f32>((lane_u32)bits - ((lane_u32)exponent << 23)) - 1.0f, z = f * f;
   lane_f32 y = horner_fma(f, 0.3333334, -0.25000164, 0.19999579, -0.16655323, 0.14276786, -0.12728232, 0.11697098, -0.091079414,
-                          0.03762157) * f * z;
+                          0.03762157) *
+               f * z;
   y = fma(n, splat<lane_f32>(1.4286068203e-6), y);
   y = fma(z, splat<lane_f32>(-0.5), y);
   y = fma(n, splat<lane_f32>(0.693145751953125), f + y);
@@ -317,7 +323,8 @@ GK_FN void store_first(float* p, lane_f32 x, int count) {
 GK_FN double sum_lanes(double x) { return x; }
 GK_FN double sum_lanes(lane_f32 x) {  // fixed order
 #if defined(__AVX512F__)
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
+                high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 #else
   double total = 0;

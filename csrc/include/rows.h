@@ -40,6 +40,7 @@ struct Array {
   Storage storage = Storage::kFloat;
   const int64_t* lookup = nullptr;  // row inputs only: row r stands at row lookup[r * lookup_stride], kept below lookup_rows
   int64_t lookup_stride = 0, lookup_rows = 0;
+  const void* onto = nullptr;  // sums only: numbers of their type, one per row, that they are added to
 };
 
 GK_FN int64_t looked_up(const Array& a, int64_t row) {
@@ -50,12 +51,22 @@ GK_FN int64_t looked_up(const Array& a, int64_t row) {
 
 inline Storage storage_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: case ScalarType::Int: return Storage::kFloat;      // integers carry bits only
-    case ScalarType::Double: case ScalarType::Long: return Storage::kDouble;
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Half: return Storage::kHalf;
-    case ScalarType::Byte: case ScalarType::Bool: return Storage::kByte;
-    default: STD_TORCH_CHECK(false, "unsupported dtype"); return Storage::kFloat;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return Storage::kFloat;  // integers carry bits only
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return Storage::kDouble;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::Byte:
+    case ScalarType::Bool:
+      return Storage::kByte;
+    default:
+      STD_TORCH_CHECK(false, "unsupported dtype");
+      return Storage::kFloat;
   }
 }
 
@@ -67,10 +78,14 @@ inline ScalarType sum_type(ScalarType a) { return a == ScalarType::Double ? Scal
 
 inline int64_t element_bytes(Storage storage) {
   switch (storage) {
-    case Storage::kFloat: return 4;
-    case Storage::kDouble: return 8;
-    case Storage::kByte: return 1;
-    default: return 2;
+    case Storage::kFloat:
+      return 4;
+    case Storage::kDouble:
+      return 8;
+    case Storage::kByte:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -108,9 +123,7 @@ class Rows {
 };
 
 // One number per row: a tensor (rows,), or one number for all rows.
-inline Array per_row(const Tensor& x) {
-  return {x.data_ptr(), x.numel() > 1 ? x.stride(0) : 0, storage_of(x.scalar_type())};
-}
+inline Array per_row(const Tensor& x) { return {x.data_ptr(), x.numel() > 1 ? x.stride(0) : 0, storage_of(x.scalar_type())}; }
 
 struct Keys {  // one key for all rows, or one per row
   const int64_t* data = nullptr;
@@ -181,8 +194,10 @@ void run_rows(const F& f, RowShape shape, const Arrays<F::kInputs>& in, const Ar
     job.rows = job.width ? 1 : 0;
   }
   if (job.rows == 0 || (job.width == 0 && F::kSums == 0)) return;
-  if (is_double) drive_rows<double>(job, like);
-  else drive_rows<float>(job, like);
+  if (is_double)
+    drive_rows<double>(job, like);
+  else
+    drive_rows<float>(job, like);
 }
 
 }  // namespace gk

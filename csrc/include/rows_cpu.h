@@ -79,9 +79,10 @@ __attribute__((noinline)) void write(const Array& a, int64_t row, int64_t column
 }
 inline void write_sum(const Array& a, int64_t row, double total) {
   if (a.storage == Storage::kDouble)
-    static_cast<double*>(a.data)[row * a.row_stride] = total;
+    static_cast<double*>(a.data)[row * a.row_stride] = a.onto ? static_cast<const double*>(a.onto)[row] + total : total;
   else
-    static_cast<float*>(a.data)[row * a.row_stride] = static_cast<float>(total);
+    static_cast<float*>(a.data)[row * a.row_stride] =
+        static_cast<float>(a.onto ? static_cast<const float*>(a.onto)[row] + total : total);
 }
 
 // ---- noise: elements [first, first + count) of a stream in `buffer`, which has room for whole groups around them
@@ -97,6 +98,7 @@ struct Vector<double> {
   using type = double;
 };
 
+constexpr int64_t kAhead = 512;  // elements: the processor's own prefetch stops at the end of every page of memory
 constexpr int64_t kNoiseRoom = kTile + 8 * kLanes;
 
 template <class N>
@@ -148,9 +150,9 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
     for (int k = 0; k < F::kSums; k++) total[k] = V{};
   int64_t i = 0;
   const auto whole = [&](int64_t at, V* total) {
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at);
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]);
+    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
     for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
   };
   for (; i + kChains * kCount <= n; i += kChains * kCount)
@@ -175,13 +177,19 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
 // ---- rows narrower than a vector: as many as fit in a tile side by side, so that no lane runs empty
 
 template <class S>
+GK_FN void copy_narrow(const S* from, S* to, int n) {  // n numbers, fewer than lanes
+  store_first(to, load_first(from, n, typename Vector<S>::type{}), n);
+}
+template <class S>
 __attribute__((noinline)) const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
   if (a.row_stride == width) return read(a, row0, 0, rows * width, buffer);
+  const S* from = read(a, row0, 0, width, buffer);
   for (int64_t row = 0; row < rows; row++) {
     S* to = buffer + row * width;
-    const S* from = read(a, row0 + row, 0, width, to);
-    if (from != to)
-      for (int64_t j = 0; j < width; j++) to[j] = from[j];
+    if (from != buffer)
+      copy_narrow(from + row * a.row_stride, to, static_cast<int>(width));
+    else if (row)
+      read(a, row0 + row, 0, width, to);
   }
   return buffer;
 }
@@ -193,7 +201,7 @@ __attribute__((noinline)) void unpack(const Array& a, int64_t row0, int64_t rows
     if (to == from)
       write(a, row0 + row, 0, from, width);
     else
-      for (int64_t j = 0; j < width; j++) to[j] = from[j];
+      copy_narrow(from, to, static_cast<int>(width));
   }
 }
 
@@ -225,11 +233,9 @@ void run_packed(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise
   }
   for (int k = 0; k < F::kOutputs; k++) unpack(job.out[k], row0, rows, width, out + k * kTile);
   for (int k = 0; k < F::kSums; k++)
-    for (int64_t row = 0; row < rows; row++) {
-      double total = 0;
-      for (int64_t j = 0; j < width; j++) total += out[(F::kOutputs + k) * kTile + row * width + j];
-      write_sum(job.sum[k], row0 + row, total);
-    }
+    for (int64_t row = 0; row < rows; row++)
+      write_sum(job.sum[k], row0 + row,
+                sum_lanes(load_first(out + (F::kOutputs + k) * kTile + row * width, static_cast<int>(width), V{})));
 }
 
 // ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile

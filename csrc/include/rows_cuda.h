@@ -25,25 +25,43 @@ __device__ __forceinline__ bool aligned(const void* p, int bytes) { return reint
 
 __device__ __forceinline__ float read_one(const Array& a, int64_t at, float) {
   switch (a.storage) {
-    case Storage::kFloat: return static_cast<const float*>(a.data)[at];
-    case Storage::kBFloat16: return bfloat16_to_float(static_cast<const uint16_t*>(a.data)[at]);
-    case Storage::kHalf: return half_to_float(static_cast<const uint16_t*>(a.data)[at]);
-    default: return static_cast<const uint8_t*>(a.data)[at];
+    case Storage::kFloat:
+      return static_cast<const float*>(a.data)[at];
+    case Storage::kBFloat16:
+      return bfloat16_to_float(static_cast<const uint16_t*>(a.data)[at]);
+    case Storage::kHalf:
+      return half_to_float(static_cast<const uint16_t*>(a.data)[at]);
+    default:
+      return static_cast<const uint8_t*>(a.data)[at];
   }
 }
 __device__ __forceinline__ double read_one(const Array& a, int64_t at, double) { return static_cast<const double*>(a.data)[at]; }
 
 __device__ __forceinline__ void write_one(const Array& a, int64_t at, float x) {
   switch (a.storage) {
-    case Storage::kFloat: static_cast<float*>(a.data)[at] = x; break;
-    case Storage::kBFloat16: static_cast<uint16_t*>(a.data)[at] = float_to_bfloat16(x); break;
-    case Storage::kHalf: static_cast<uint16_t*>(a.data)[at] = float_to_half(x); break;
-    default: static_cast<uint8_t*>(a.data)[at] = static_cast<uint8_t>(x);
+    case Storage::kFloat:
+      static_cast<float*>(a.data)[at] = x;
+      break;
+    case Storage::kBFloat16:
+      static_cast<uint16_t*>(a.data)[at] = float_to_bfloat16(x);
+      break;
+    case Storage::kHalf:
+      static_cast<uint16_t*>(a.data)[at] = float_to_half(x);
+      break;
+    default:
+      static_cast<uint8_t*>(a.data)[at] = static_cast<uint8_t>(x);
   }
 }
 __device__ __forceinline__ void write_one(const Array& a, int64_t at, double x) {
-  if (a.storage == Storage::kByte) static_cast<uint8_t*>(a.data)[at] = static_cast<uint8_t>(x);
-  else static_cast<double*>(a.data)[at] = x;
+  if (a.storage == Storage::kByte)
+    static_cast<uint8_t*>(a.data)[at] = static_cast<uint8_t>(x);
+  else
+    static_cast<double*>(a.data)[at] = x;
+}
+
+template <class S>
+__device__ __forceinline__ void write_sum(const Array& a, int64_t row, double total) {
+  write_one(a, row * a.row_stride, static_cast<S>(a.onto ? static_cast<const S*>(a.onto)[row] + total : total));
 }
 
 template <class S>
@@ -115,7 +133,7 @@ __device__ __forceinline__ void four_of_stream(const N& distribution, Key key, u
 
 template <class S, class F>
 __global__ void __launch_bounds__(kThreads, 1)  // one block is enough: no spills for the sake of occupancy
-rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double* partial) {
+    rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double* partial) {
   __shared__ double shared[F::kSums + 1][kThreads];
   const int rows_per_block = tiles > 1 ? 1 : kThreads / segment, lane = threadIdx.x % segment;
   const int64_t row = tiles > 1 ? blockIdx.x / tiles : static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / segment;
@@ -154,8 +172,10 @@ rows_kernel(const RowJob<F> job, const int64_t tiles, const int segment, double*
     }
     if (lane == 0 && row < job.rows)
       for (int k = 0; k < F::kSums; k++) {
-        if (tiles > 1) partial[(row * tiles + tile) * F::kSums + k] = shared[k][threadIdx.x];
-        else write_one(job.sum[k], row * job.sum[k].row_stride, static_cast<S>(shared[k][threadIdx.x]));
+        if (tiles > 1)
+          partial[(row * tiles + tile) * F::kSums + k] = shared[k][threadIdx.x];
+        else
+          write_sum<S>(job.sum[k], row, shared[k][threadIdx.x]);
       }
   }
 }
@@ -173,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(const RowJob<F> job
     if (threadIdx.x < static_cast<unsigned>(half)) shared[threadIdx.x] += shared[threadIdx.x + half];
     __syncthreads();
   }
-  if (threadIdx.x == 0) write_one(job.sum[k], row * job.sum[k].row_stride, static_cast<S>(shared[0]));
+  if (threadIdx.x == 0) write_sum<S>(job.sum[k], row, shared[0]);
 }
 
 // ---- driver

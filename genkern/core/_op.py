@@ -5,6 +5,7 @@ torch, which Inductor may fuse) or a raw native op. Raw ops are private: torch.o
 library of the device, and twins of the same schema for Triton and for the CUDA emulation.
 """
 
+import difflib
 import importlib
 import importlib.util
 import warnings
@@ -62,6 +63,7 @@ class Op:
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        self._others = len(self._tensors) < len(arguments)  # arguments that are no tensors
         self._differentiable = tuple(i for i, a in enumerate(arguments) if a.name in differentiable)
         _define("_" + name, schema, fake)
         if differentiable:
@@ -182,23 +184,24 @@ class Op:
         return fake
 
     def _autograd_function(self):
-        op, tensors, differentiable = self, self._tensors, self._differentiable
+        op, tensors, differentiable, others = self, self._tensors, self._differentiable, self._others
+
+        rest_of = lambda args: [None if i in tensors else a for i, a in enumerate(args)] if others else None
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, choice, *args):
-                ctx.save_for_backward(*[args[i] for i in tensors])
-                rest = list(args)
-                for i in tensors:
-                    rest[i] = None
-                ctx.choice, ctx.rest = choice, rest
+                ctx.save_for_backward(*(map(args.__getitem__, tensors) if others else args))
+                ctx.choice, ctx.rest = choice, rest_of(args)
                 return op._forward[choice](*args)
 
             @staticmethod
             def backward(ctx, *grads):
-                args, choice = list(ctx.rest), ctx.choice
-                for i, tensor in zip(tensors, ctx.saved_tensors, strict=True):
-                    args[i] = tensor
+                args, choice = ctx.saved_tensors, ctx.choice
+                if others:
+                    saved, args = args, list(ctx.rest)
+                    for i, tensor in zip(tensors, saved, strict=True):
+                        args[i] = tensor
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
                     return (None, *op._differentiate_reference(args, grads))
                 choice = choice if choice in op._with_backward else "reference"
@@ -207,10 +210,11 @@ class Op:
                 if choice == "reference":  # a kernel for the forward pass alone
                     with torch.enable_grad():
                         return (None, *op._differentiate_reference(args, grads))
-                got, result = iter(op._backward[choice](*grads, *args)), [None] * (1 + len(args))
+                got, result = op._backward[choice](*grads, *args), [None] * (1 + len(args))
+                at = 0
                 for i in differentiable:
                     if args[i] is not None:
-                        result[1 + i] = next(got)
+                        result[1 + i], at = got[at], at + 1
                 return tuple(result)
 
         Function.__name__ = Function.__qualname__ = self.name
@@ -245,7 +249,12 @@ def _warn_once(why):
 
 def explain(name, *args):
     """Why a fast path is not taken for these (positional, raw) arguments of op `name`: a list of sentences, empty if it is."""
+    if name not in OPS:
+        close = difflib.get_close_matches(str(name), OPS, 1)
+        raise ValueError(f"explain: no op {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; ops are {', '.join(OPS)}"))
     op = OPS[name]
+    if not isinstance(next(iter(args[op.device_of : op.device_of + 1]), None), torch.Tensor):
+        raise TypeError(f"explain: argument {op.device_of} of {name} must be a tensor: its device chooses the backend")
     if _backends.forced() == "reference":
         return ['backend "reference" is forced']
     if transforming():

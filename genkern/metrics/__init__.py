@@ -19,7 +19,7 @@ one classifier and equal N.
 
 from genkern.metrics._baselines import baselines
 from genkern.metrics._classifier import Classifier, report
-from genkern.metrics._coders import lpc_bits, ngram_bits
+from genkern.metrics._coders import lpc_bits, ngram_bits, png_bits
 from genkern.metrics._densities import Gaussian, histogram_log_prob
 from genkern.metrics._distances import class_shares, density_coverage, frechet_distance, nearest_neighbours, precision_recall
 
@@ -34,6 +34,7 @@ __all__ = [
     "density_coverage",
     "frechet_distance",
     "nearest_neighbours",
+    "png_bits",
     "precision_recall",
     "report",
 ]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from genkern.metrics._coders import lpc_bits, ngram_bits
+from genkern.metrics._coders import lpc_bits, ngram_bits, png_bits
 from genkern.metrics._densities import Gaussian, histogram_log_prob
 from genkern.ops import mu_law_decode
 
@@ -13,7 +13,8 @@ def baselines(data, split="test", model=None):
     """{name: bits per dimension} on a split of a genkern.data set, fitted on its training split.
 
     Images and points: "per-pixel histogram" (uint8 only; every pixel apart from the others, the counts of its levels plus one) and
-    "full-covariance Gaussian" (of float inputs a density's figure, which may be below 0).
+    "full-covariance Gaussian" (of float inputs a density's figure, which may be below 0). Of patches of pictures also "PNG" of the
+    pictures' whole held-out parts, on any split.
     Text: "bigram" and "5-gram" counts. Sound: "linear prediction" of the levels that `model` gives probabilities of, where it does.
     """
     train, held_out = data.train[0], data.split(split)[0]
@@ -21,7 +22,8 @@ def baselines(data, split="test", model=None):
         nats = {"full-covariance Gaussian": Gaussian(data).log_prob(held_out)}
         if data.levels is not None:
             nats = {"per-pixel histogram": histogram_log_prob(data, held_out), **nats}
-        return {name: -float(x.mean()) / (math.prod(data.shape) * math.log(2)) for name, x in nats.items()}
+        found = {name: -float(x.mean()) / (math.prod(data.shape) * math.log(2)) for name, x in nats.items()}
+        return found | ({"PNG": png_bits(data.pictures.values())} if data.pictures else {})
     if data.levels is not None:
         return {name: ngram_bits(train, held_out, n) for name, n in (("bigram", 2), ("5-gram", 5))}
     head = getattr(getattr(model, "config", None), "head", None)

@@ -83,12 +83,17 @@ class Model(torch.nn.Module):
         """A torch optimizer for the parameters of one objective; the shared loop sets its learning rate at every step."""
         return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
 
-    def sample_keys(self, n, key=None, generator=None):
-        """One key per sample (n, 2) on the model's device: of one key (2,) by split(), drawn anew, or (n, 2) as they are."""
-        device = next(self.parameters()).device
+    def sample_keys(self, n, key=None, generator=None, batch_size=1):
+        """One key per sample (n, 2) on the model's device: of one key (2,) by split(), drawn anew from `generator`, or (n, 2) as they
+        are. ValueError, TypeError for a number of samples, a key or a batch_size that is none."""
+        device, name = next(self.parameters()).device, type(self).__name__
+        for what, value, least in (("n", n, 0), ("batch_size", batch_size, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: sample: {what} must be an int of at least {least}, got {value!r}")
         key = random.draw_key(generator, device) if key is None else key
+        random.check_key(f"{name}: sample", key)
         if key.dim() == 2 and len(key) != n:
-            raise ValueError(f"{type(self).__name__}: sample of {n} needs one key or {n}, got {len(key)}")
+            raise ValueError(f"{name}: sample of {n} needs one key or {n}, got {len(key)}")
         return (key if key.dim() == 2 else random.split(key, n)).to(device)
 
     @torch.no_grad()
@@ -161,7 +166,10 @@ class Model(torch.nn.Module):
         unknown = sorted(stored["config"].keys() - known)
         if unknown:
             raise ValueError(f"{cls.__name__}: {folder / 'config.json'} has unknown settings {', '.join(unknown)}")
-        model = cls(cls.Config(**{name: _tuples(value) for name, value in stored["config"].items()}))
+        try:
+            model = cls(cls.Config(**{name: _tuples(value) for name, value in stored["config"].items()}))
+        except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:  # such as a model larger than the memory
+            raise ValueError(f"{cls.__name__}: {folder / 'config.json'} cannot be used: {' '.join(str(error).split())}") from error
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise FileNotFoundError(f"{folder} holds no model.safetensors")

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from genkern.ops._common import check_float, check_shape
+
 
 class CausalAttention2d(torch.nn.Module):
     """The attention of PixelSNAIL (Chen et al., 2018, section 3): y_p = sum over q < p of softmax_q(k_q . query_p / sqrt(d)) v_q.
@@ -23,6 +25,8 @@ class CausalAttention2d(torch.nn.Module):
         self.out = torch.nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
 
     def forward(self, x):
+        check_float("CausalAttention2d", "x", x, 4)
+        check_shape("CausalAttention2d", "x", x, (len(x), self.out.in_channels, *x.shape[2:]), "(N, channels, H, W)")
         n, channels, height, width = x.shape
         background = _coordinates(x).expand(n, -1, -1, -1)
         q, k, v = self.qkv(torch.cat([x, background], 1)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)

@@ -49,6 +49,8 @@ class CausalConv1d(torch.nn.Conv1d):
         Without gradients a state is used up by the step that takes it, and may hold the weights as they were at the start. In float32
         on the CPU the output has the bits of forward(), for any T and any batch.
         """
+        if input.dim() not in (2, 3) or input.shape[1] != self.in_channels:
+            raise ValueError(f"CausalConv1d: step: input must be (N, {self.in_channels}) or with T behind, got {tuple(input.shape)}")
         several = input if input.dim() == 3 else input[..., None]
         condition = condition[..., None] if condition is not None and condition.dim() == 2 else condition
         quick = not torch.is_grad_enabled() and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
@@ -104,6 +106,8 @@ class DenseState:
     def step(self, x):
         state = None
         if self.size:
+            if len(x) != len(self.buffer):
+                raise ValueError(f"CausalConv1d: step: input must have the {len(self.buffer)} samples of its state, got {len(x)}")
             end = self.at + self.size + x.shape[2]
             if end > self.buffer.shape[1]:
                 end -= self.at

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from genkern import ops
-
-SCALES = ("exp", "sigmoid", "sigmoid_floor", "softplus", "tanh", "soft_clip")
+from genkern.ops._common import check_choice
+from genkern.ops.flow._affine_coupling import SCALES
+from genkern.ops.flow._squeeze import ORDERS
 
 
 class ActNorm(nn.Module):
@@ -35,6 +36,7 @@ class ActNorm(nn.Module):
 
     def see(self, x):
         """Let the first batch in training mode set the parameters."""
+        _check_channels(self, x, len(self.shift))
         if self.training and not self._known:
             if not self.initialized:
                 self._initialize(x.detach())
@@ -155,6 +157,8 @@ class _Coupling(nn.Module):
         super().__init__()
         self.network = network
         changed = (channels if mask is not None else channels - channels // 2) if changed is None else changed
+        if not 1 <= changed <= channels:
+            raise ValueError(f"{type(self).__name__}: changed must be in 1..{channels}, the number of channels, got {changed}")
         self.kept, self.changed = channels - changed, changed
         self.register_buffer("mask", mask, persistent=False)
 
@@ -185,6 +189,7 @@ class _Coupling(nn.Module):
         return leaf.detach(), [leaf], out, log_det
 
     def _seen(self, x):
+        _check_channels(self, x, self.kept + self.changed)
         return x[:, : self.kept] if self.mask is None else x * (~self.mask).to(x.dtype)
 
     def _parameters_of(self, seen, context):
@@ -218,6 +223,7 @@ class AffineCoupling(_Coupling):
         self, network, channels, changed=None, mask=None, *, scale="sigmoid", shift_first=False, limit=None, learned_limit=False
     ):
         super().__init__(network, channels, changed, mask)
+        check_choice("AffineCoupling", "scale", scale, SCALES)
         if learned_limit and scale != "tanh":
             raise ValueError(f'AffineCoupling: learned_limit is of scale="tanh", got {scale!r}')
         self.limit = nn.Parameter(torch.full((self.changed,), 2.0 if limit is None else float(limit))) if learned_limit else None
@@ -249,6 +255,8 @@ class SplineCoupling(_Coupling):
 
     def __init__(self, network, channels, changed=None, *, bins=8, bound=3.0):
         super().__init__(network, channels, changed)
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1 or not bound > 0:
+            raise ValueError(f"SplineCoupling: bins must be a positive int and bound positive, got {bins!r} and {bound!r}")
         self.bins, self.bound = bins, bound
 
     def _couple(self, x, params, inverse, log_det):
@@ -261,6 +269,11 @@ class SplineCoupling(_Coupling):
 
 def splined(x, params, bins, bound, inverse):
     """rational_quadratic_spline of x (N, C, ...) by params (N, C (3 bins - 1), ...)."""
+    wanted = x.shape[1] * (3 * bins - 1)
+    if params.shape[1] != wanted:
+        raise ValueError(
+            f"a spline of {x.shape[1]} channels and {bins} bins needs {wanted} parameters, got shape {tuple(params.shape)}"
+        )
     params = params.unflatten(1, (x.shape[1], 3 * bins - 1)).movedim(2, -1)
     widths, heights, slopes = params.split([bins, bins, bins - 1], -1)
     return ops.rational_quadratic_spline(x, widths, heights, slopes, inverse=inverse, tail_bound=bound, log_det="sample")
@@ -284,12 +297,17 @@ class Permute(nn.Module):
 
     def __init__(self, order):
         super().__init__()
-        self.register_buffer("order", torch.as_tensor(order), persistent=False)
+        order = torch.as_tensor(order)
+        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+            raise ValueError(f"Permute: order must be 0 ... C - 1 in some order, got {order.tolist()}")
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, x, log_det=None, context=None):
+        _check_channels(self, x, len(self.order))
         return x[:, self.order], _or_zero(log_det, x)
 
     def inverse(self, y, log_det=None, context=None):
+        _check_channels(self, y, len(self.order))
         return y[:, self.order.argsort()], _or_zero(log_det, y)
 
 
@@ -300,6 +318,7 @@ class Squeeze(nn.Module):
 
     def __init__(self, order="channel"):
         super().__init__()
+        check_choice("Squeeze", "order", order, ORDERS)
         self.order = order
 
     def forward(self, x, log_det=None, context=None):
@@ -322,6 +341,14 @@ class Inverse(nn.Module):
 
     def inverse(self, y, log_det=None, context=None):
         return self.layer(y, log_det, context)
+
+
+def _check_channels(layer, x, channels):
+    name = type(layer).__name__
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"{name}: x must be (N, {channels}, ...), got shape {tuple(x.shape)}")
 
 
 def _or_zero(log_det, x):

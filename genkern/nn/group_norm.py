@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from genkern.ops import group_norm_act
+from genkern.ops._common import check_choice
 
 
 class GroupNormAct(nn.Module):
@@ -15,8 +16,9 @@ class GroupNormAct(nn.Module):
 
     def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, activation="silu", device=None, dtype=None):
         super().__init__()
-        if num_channels % num_groups:
+        if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"GroupNormAct: num_groups must divide num_channels, got {num_groups} and {num_channels}")
+        check_choice("GroupNormAct", "activation", activation, (None, "silu"))
         self.num_groups, self.num_channels, self.eps, self.affine, self.activation = num_groups, num_channels, eps, affine, activation
         self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if affine else None

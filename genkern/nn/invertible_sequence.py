@@ -118,10 +118,12 @@ class _Inverted(torch.autograd.Function):
         ctx.measured, ctx.every = measured, sequence.every
         ctx.autocast = _autocast(x.device.type)
         y, prepared = x, ActNormConv1x1.prepare(layers)
+        before = _random_state(x.device)
         for layer in layers:
-            before = _random_state(x.device)
             y, log_det = layer(y, log_det, context, **prepared.get(layer, {}))
-            ctx.draws.append(before if _drew(before, x.device) else None)
+            after = _random_state(x.device)
+            ctx.draws.append(None if _equal(before, after) else before)
+            before = after
         ctx.save_for_backward(x, y, context, *parameters)
         return y, log_det
 
@@ -222,8 +224,8 @@ def _random_state(device):
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _drew(before, device):
-    return any(a is not None and not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True))
+def _equal(before, after):
+    return all(a is None or torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @contextlib.contextmanager

@@ -37,6 +37,11 @@ def same_precision(tensors):
     return tensors
 
 
+def sum_per_sample(x):
+    """(N, ...) -> (N,); of numbers (N,) themselves."""
+    return x.flatten(1).sum(1) if x.dim() > 1 else x
+
+
 # ---- argument checks: "op: what must hold, got what"
 
 
@@ -75,6 +80,45 @@ def check_like(op, name, x, other_name, other):
 def check_device(op, name, x, other_name, other):
     if x.device != other.device:
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, got {other.device} and {x.device}")
+
+
+def check_written(op, written, read=()):
+    """Of the tensors that an op writes, {name: tensor}, none has an element twice in memory and no two share memory; and none shares
+    it with one that is read, unless both are the same tensor."""
+    names = list(written)
+    for i, (name, out) in enumerate(written.items()):
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError(f"{op}: {name} must not be expanded: its elements would share memory")
+        for other in names[:i]:
+            if share_memory(out, written[other]):
+                raise ValueError(f"{op}: {name} and {other} must not share memory")
+        for x in read:
+            if x is not None and share_memory(out, x) and not _same(out, x):
+                raise ValueError(f"{op}: {name} must not overlap in memory with an input, unless it is that input")
+
+
+def share_memory(a, b):
+    """Whether two tensors may have an element in common; exact where both lie sample by sample at one distance. No under compile."""
+    if torch.compiler.is_compiling() or a.device.type == "meta" or not (a.numel() and b.numel()):
+        return False
+    (first, length), (second, other) = (_span(t) for t in (a, b))
+    if first + length <= second or second + other <= first:
+        return False
+    step = a.stride(0) * a.element_size() if a.dim() else 0
+    if b.dim() and step and step == b.stride(0) * b.element_size():  # as columns of one tensor
+        inside, width, other_width = (second - first) % step, *(_span(t[0])[1] for t in (a, b))
+        if max(width, other_width) <= step:
+            return inside < width or step - inside < other_width
+    return True
+
+
+def _span(t):
+    """(address, bytes) from the first to the last element."""
+    return t.data_ptr(), (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def _same(a, b):
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def check_number(op, name, value):

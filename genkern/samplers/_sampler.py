@@ -44,6 +44,7 @@ class Sampler:
     exploding = False  # works on x_0 + sigma n
     learned_variance = False  # the model returns twice the channels
     spare = 0  # points laid out beyond the last step
+    renoise_unconditional = False  # h1 is the model output without the condition
     kinds = ("preserving", "flow", "edm")
 
     def __init__(
@@ -118,6 +119,7 @@ class Sampler:
         guidance_rescale=0.0,
         guidance_parallel=1.0,
         guidance_max_norm=None,
+        guidance_momentum=0.0,
         device=None,
         dtype=torch.float32,
         model_dtype=None,
@@ -144,8 +146,9 @@ class Sampler:
         guidance_scale  None, or g of m = u + g (c - u) (classifier-free guidance): the model is called on a doubled batch
         guidance_interval   the part of the steps that is guided (Kynkaanniemi et al., 2024); outside g is 1
         guidance_rescale    the part by which m is brought to the deviation of c (Lin et al., 2023, eq. 15, 16), per sample
-        guidance_parallel, guidance_max_norm    adaptive projected guidance (Sadat et al., 2024, algorithm 1, without momentum):
-                        the part that is kept of c - u where it is parallel to c, and the largest norm of c - u
+        guidance_parallel, guidance_max_norm, guidance_momentum     adaptive projected guidance (Sadat et al., 2024, algorithm 1): the
+                        part that is kept of d = c - u where it is parallel to c, the largest norm of d, and d + momentum x (that of
+                        the step before) in place of d, for which the paper takes -0.5; this last one is not part of the fused step
         dtype, model_dtype  of the state and of the model's inputs (default: the same)
         callback        called as callback(evaluation, t, x) after each step; x is overwritten by the next one
         progress        a progress bar; needs tqdm
@@ -197,6 +200,9 @@ class Sampler:
         if (model_dtype == torch.float64) != (dtype == torch.float64):
             raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
         clip, learned = math.inf if self.clip is None else float(self.clip), self.learned_variance
+        if guidance_momentum and not guided:
+            raise ValueError(f"{name}.sample: guidance_momentum needs guidance_scale")
+        difference = 0.0  # c - u with momentum
         adaptive = guided and (guidance_rescale != 0 or guidance_parallel != 1 or guidance_max_norm is not None)
         if not 0 <= guidance_rescale <= 1 or not (guidance_max_norm is None or guidance_max_norm > 0):
             got = f"{guidance_rescale} and {guidance_max_norm}"
@@ -219,6 +225,10 @@ class Sampler:
                 got = f"{tuple(m.shape)} on {m.device}"
                 raise ValueError(f"{name}.sample: the model must return {tuple(expected)} on {x.device}, got {got}")
             m = m if (m.dtype == torch.float64) == (dtype == torch.float64) else m.to(dtype)
+            if guidance_momentum:
+                u, c = m.to(dtype).chunk(2)
+                difference = c - u + guidance_momentum * difference
+                m = torch.cat([c - difference, c])
             given = draw = None
             if noisy[i] and noise is None:
                 draw = keys[i + 1]
@@ -232,8 +242,9 @@ class Sampler:
             bound = None
             if self.threshold is not None:
                 bound = _dynamic_threshold(x, m, table, None, i, moments, *numbers, self.threshold, self.threshold_max)
+            past = (m[: shape[0]],) if self.renoise_unconditional else history  # the outputs without the condition come first
             _sampler_step(
-                x, m, table, None, i, *(*history, None, None, None)[:3], given, draw, moments, bound, clip, *numbers, learned, x,
+                x, m, table, None, i, *(*past, None, None, None)[:3], given, draw, moments, bound, clip, *numbers, learned, x,
                 history[-1] if history else None, None if last else model_input,
             )  # fmt: skip
             history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one

@@ -57,23 +57,34 @@ class DDIM(Sampler):
     """x' = A y + sqrt(S^2 - d^2) eps + d n, d = eta times the deviation of DDPM (Song et al., 2021, eq. 12, 16).
 
     The direction eps is that of the model output, also where x_0 is clipped.
+
+    inverse         from data to noise (Song et al., 2021, section 4.3): sample(model, start=x_0). The model is told the point that is
+                    stepped to
+    cfg_plus_plus   under guidance eps is the model's output without the condition, and y the guided one, so that guidance_scale is in
+                    [0, 1] (CFG++; Chung et al., 2024, algorithm 2)
     """
 
     kinds = ("preserving",)
 
-    def __init__(self, schedule, steps=50, *, eta=0.0, **kwargs):
+    def __init__(self, schedule, steps=50, *, eta=0.0, inverse=False, cfg_plus_plus=False, **kwargs):
         if not 0 <= eta <= 1:
             raise ValueError(f"DDIM: eta must be in [0, 1], got {eta}")
-        self.eta = eta
+        if inverse and (eta or schedule.prediction == "sample"):
+            raise ValueError("DDIM: inverse needs eta = 0, and a model of epsilon or v_prediction")
+        self.eta, self.inverse, self.renoise_unconditional = eta, inverse, cfg_plus_plus
+        self.history = int(cfg_plus_plus)
         super().__init__(schedule, steps, **kwargs)
+        if inverse:
+            self.grid = self.grid.reversed(schedule)
 
     def rows(self, grid):
         result = []
         for _, a, s, A, S, arguments in _points(grid):
-            deviation = self.eta * S / s * math.sqrt(max(1 - (a / A) ** 2, 0.0))
+            deviation = self.eta * S / s * math.sqrt(max(1 - (a / A) ** 2, 0.0)) if self.eta else 0.0
             direction = math.sqrt(max(S**2 - deviation**2, 0.0))
-            from_x, from_m = arguments["data"]  # eps = (x - a (from_x x + from_m m)) / s
-            sample = {"y": A, "x": direction * (1 - a * from_x) / s, "m": -direction * a * from_m / s, "n": deviation}
+            from_x, from_m = arguments["data"]  # eps = (x - a (from_x x + from_m m)) / s, which without noise is m
+            of_x, of_m = ((1 - a * from_x) / s, -a * from_m / s) if s else (0.0, 1.0)
+            sample = {"y": A, "x": direction * of_x, "h1" if self.history else "m": direction * of_m, "n": deviation}
             result.append(Row(**arguments, sample=sample))
         return result
 

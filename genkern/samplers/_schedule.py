@@ -27,6 +27,12 @@ class Grid:
     def since(self, begin):
         return Grid(*(values[begin:] for values in (self.t, self.alpha, self.sigma, self.scale, self.data)))
 
+    def reversed(self, schedule):
+        """From data to noise, for a variance preserving schedule: the model is told the point that is stepped to."""
+        alpha, sigma = self.alpha[::-1], self.sigma[::-1]
+        data = [schedule._data(a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        return Grid(self.t[::-1], alpha, sigma, self.scale[::-1], data)
+
 
 class Schedule:
     """A noise schedule together with what the model predicts.
@@ -137,18 +143,17 @@ class Schedule:
         alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
         if self.prediction == "epsilon" and not alpha.all():
             raise ValueError("grid: a schedule that ends in pure noise (zero_snr) needs a model of sample or v_prediction")
-        pairs = [
-            {"epsilon": lambda a, s: (1 / a, -s / a), "sample": lambda a, s: (0.0, 1.0), "v_prediction": lambda a, s: (a, -s)}[
-                self.prediction
-            ](a, s)
-            for a, s in zip(alpha[:-1], sigma[:-1], strict=True)
-        ]
+        pairs = [self._data(a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
         scale = np.ones_like(alpha)
         if exploding:
             alpha = np.maximum(alpha, 2.0**-12)  # pure noise would be an infinite sigma
             alpha, sigma, scale = np.ones_like(alpha), sigma / alpha, alpha
             pairs = [(a * s, b) for (a, b), s in zip(pairs, scale, strict=False)]
         return _grid(t, alpha, sigma, scale, pairs)
+
+    def _data(self, a, s):
+        """(of x, of m) in x_0, of a variance preserving schedule."""
+        return {"epsilon": lambda: (1 / a, -s / a), "sample": lambda: (0.0, 1.0), "v_prediction": lambda: (a, -s)}[self.prediction]()
 
     def _flow_grid(self, steps, sigmas, spare):
         if sigmas is None or isinstance(sigmas, str):

@@ -61,6 +61,22 @@ def test_running_log_det_and_narrow_parameters(backend):
     assert y.dtype == log_det.dtype == torch.float32
     torch.testing.assert_close(y, wide[0])
     torch.testing.assert_close(log_det, wide[1] + running)
+    doubled = running.double() + 1e-9  # wider than the op's own: added with all its digits
+    with genkern.backend(backend):
+        _, total = affine_coupling(x, params, scale="sigmoid", log_det=doubled)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total, wide[1].double() + doubled, rtol=0, atol=1e-5)
+
+
+@each_backend
+def test_running_log_det_gets_its_gradient(backend):
+    x, params, _ = arguments(dtype=torch.float32)
+    running = torch.arange(3.0).requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    with genkern.backend(backend):
+        for log_det in (affine_coupling(x, params, log_det=running)[1], affine_coupling_(x.clone(), params, log_det=running)):
+            (gradient,) = torch.autograd.grad(log_det, running, weights)
+            assert torch.equal(gradient, weights)
 
 
 @each_backend

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genkern.metrics import baselines, lpc_bits, ngram_bits
+from genkern.metrics import baselines, lpc_bits, ngram_bits, png_bits
 from genkern.models import WaveNet, WaveNetConfig
 
 
@@ -49,3 +49,21 @@ def test_what_a_run_is_compared_with():
     )
     found = [baselines(short, "test", WaveNet(WaveNetConfig(head=head, layers=2))) for head in ("softmax", "logistic", "gaussian")]
     assert 2 < found[0]["linear prediction"] < 8 and 2 < found[1]["linear prediction"] < 8 and found[2] == {}
+
+
+def test_png_of_each_photograph():
+    from genkern import data
+
+    photos = data.load("photos")
+    parts = photos.by_class()
+    found = {name: png_bits(part.pictures.values()) for name, part in parts.items()}
+    assert found == pytest.approx({"china": 4.41, "flower": 2.45}, abs=0.05)
+    assert png_bits(photos.pictures.values()) == pytest.approx(sum(found.values()) / 2)
+    for name, part in parts.items():
+        assert list(part.pictures) == [name] and (part.test[1] == photos.class_names.index(name)).all()
+        assert len(part.train[0]) == 2850
+    patch = parts["china"].validation[0][0]  # the held-out patches lie in the picture
+    assert torch.equal(parts["china"].pictures["china"][:, :32, :32], patch)
+    assert png_bits([torch.zeros(1, 64, 64, dtype=torch.uint8)]) < 0.3
+    with pytest.raises(ValueError, match="no label"):
+        data.load("topics").by_class()

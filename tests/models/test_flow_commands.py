@@ -53,6 +53,12 @@ def test_a_plane_of_points(tmp_path, capsys):
         assert picture.size[0] > 100
     assert main(["score", run, "--split", "all", "--out", str(tmp_path / "scores.npy")]) == 0
     assert np.load(tmp_path / "scores.npy").shape == (400,)
+    assert main(["sample", run, "--out", str(tmp_path / "points.png")]) == 0  # the density and the samples
+    with Image.open(tmp_path / "points.png") as picture:
+        assert picture.size[0] > 100
+    with pytest.raises(SystemExit):
+        main(["traverse", run])
+    assert "not of images" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["score", run, "--out", str(tmp_path / "scores.txt")])
     assert "must end in .npy" in capsys.readouterr().err

@@ -47,6 +47,20 @@ def test_step_has_the_bits_of_the_parallel_pass(head, chunk, batch):
     assert torch.equal(torch.cat(outputs, 2), parallel)
 
 
+def test_chunks_and_single_samples_hand_on_their_state():
+    model = tiny(classes=3, condition=2, kernel_size=3)
+    labels, condition, x = torch.arange(3), torch.randn(3, 2, 91), model.quantized(sound(3, 90))
+    with torch.no_grad():
+        parallel = model.network(x, labels=labels, condition=condition)[0]
+    out, state = model.step(x[..., :0], labels=labels, condition=condition[..., :1])
+    outputs, at = [out], 0
+    for size in (1, 1, 30, 1, 1, 1, 7, 40, *[1] * 8):
+        out, state = model.step(x[..., at : at + size], state, labels=labels, condition=condition[..., at + 1 : at + size + 1])
+        outputs.append(out)
+        at += size
+    assert at == 90 and torch.equal(torch.cat(outputs, 2), parallel)
+
+
 def test_threads_do_not_change_a_bit():
     model, x, threads = tiny(), sound(3, 400), torch.get_num_threads()
     try:
@@ -113,7 +127,13 @@ def test_native_kernels_run_and_train(tmp_path):
     assert losses[-1] < losses[0] - 0.3 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.sample(1, length=3, labels=torch.tensor([1]))
     ran = genkern.stats()
-    for op in ("causal_conv1d_dense", "causal_conv1d_dense_backward", "gated_activation", "discretized_mix_logistic_nll"):
+    for op in (
+        "causal_conv1d_dense",
+        "causal_conv1d_dense_backward",
+        "gated_activation",
+        "discretized_mix_logistic_nll",
+        "wavenet_step",
+    ):
         assert ran[op, "cpu"] and not ran.get((op, "reference"))
     model.save_pretrained(tmp_path)
     again = load(tmp_path)

@@ -267,6 +267,63 @@ def test_projected_guidance():
     torch.testing.assert_close(got, sampler.sample(projected, start=start), rtol=1e-4, atol=1e-4)
 
 
+def test_projected_guidance_with_momentum():
+    """Sadat et al., 2024, algorithm 1: the difference of a step goes on in the next one."""
+    torch.manual_seed(0)
+    net, contexts, start, before = Net(), torch.randn(6, 4), torch.randn(3, 4), []
+
+    def projected(x, t):
+        u, c = net(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        d = c - u - (0.5 * before[-1] if before else 0.0)
+        before.append(d)
+        return c + 4.0 * d * (1.5 / d.norm(dim=1, keepdim=True)).clamp(max=1)
+
+    sampler = DPMSolverMultistep(PRESERVING, 5)
+    settings = dict(start=start, conditions={"context": contexts}, guidance_scale=5.0, guidance_max_norm=1.5)
+    got = sampler.sample(net, **settings, guidance_momentum=-0.5)
+    torch.testing.assert_close(got, sampler.sample(projected, start=start), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance_momentum needs"):
+        sampler.sample(projected, start=start, guidance_momentum=-0.5)
+
+
+def test_cfg_plus_plus():
+    """Chung et al., 2024, algorithm 2: the guided x_0, the noise without the condition."""
+    torch.manual_seed(0)
+    net, contexts, x = Net(), torch.randn(6, 4), torch.randn(3, 4)
+    sampler = DDIM(PRESERVING, 5, cfg_plus_plus=True)
+    got = sampler.sample(net, start=x, conditions={"context": contexts}, guidance_scale=0.6)
+    alpha, sigma = sampler.grid.alpha, sampler.grid.sigma
+    for i, t in enumerate(sampler.grid.t):
+        u, c = net(torch.cat([x, x]), torch.full((6,), int(t)), contexts).detach().chunk(2)
+        x = alpha[i + 1] * (x - sigma[i] * (u + 0.6 * (c - u))) / alpha[i] + sigma[i + 1] * u
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+    plain = DDIM(PRESERVING, 5).sample(exact_model(PRESERVING), start=x)  # without guidance there is one output
+    torch.testing.assert_close(sampler.sample(exact_model(PRESERVING), start=x), plain)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_inverse_of_ddim(prediction):
+    """To noise and back; the error of both ways falls with the steps, and the way there is the formula's."""
+    schedule, start = Schedule.scaled_linear(prediction=prediction), torch.tensor([[0.1], [0.7], [1.1]], dtype=torch.float64)
+    model, errors = exact_model(schedule), []
+    for steps in (50, 200):
+        noise = DDIM(schedule, steps, inverse=True).sample(model, start=start, dtype=torch.float64)
+        errors.append((DDIM(schedule, steps).sample(model, start=noise, dtype=torch.float64) - start).abs().max().item())
+    assert errors[1] < 0.3 * errors[0] and errors[1] < 0.02, errors  # of first order
+    grid, seen = DDIM(schedule, 4, inverse=True).grid, []
+    constant = torch.full((1, 3), 0.3, dtype=torch.float64)
+    DDIM(schedule, 4, inverse=True).sample(
+        lambda x, t: seen.append(int(t[0])) or constant,
+        start=constant,
+        callback=lambda i, t, x: seen.append(x.clone()),
+        dtype=torch.float64,
+    )
+    assert seen[::2] == [249, 499, 749, 999] and grid.alpha[0] == 1
+    torch.testing.assert_close(seen[1], grid.alpha[1] * constant + grid.sigma[1] * constant)  # without noise both outputs are eps
+    with pytest.raises(ValueError, match="inverse needs"):
+        DDIM(Schedule.scaled_linear(prediction="sample"), 4, inverse=True)
+
+
 def test_keys_per_sample_do_not_depend_on_the_batch():
     sampler, model = EulerAncestral(PRESERVING, 5), exact_model(PRESERVING)
     keys = random.split(random.key(2), 3)

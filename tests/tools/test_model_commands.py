@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -82,6 +83,12 @@ def test_eval_and_traverse(run, tmp_path, capsys):
     assert values["n"] == 180 and values["loss"] == pytest.approx(-values["log_prob"])
     assert main(["eval", str(run), "--split", "validation"]) == 0
     assert "validation of digits" in capsys.readouterr().out
+    assert main(["eval", str(run), "--by-class", "--json"]) == 0
+    classes = json.loads(capsys.readouterr().out)["classes"]
+    assert list(classes) == list("0123456789")
+    counts = genkern.data.load("digits").test[1].bincount()
+    mean = sum(int(n) * c["log_prob"] for n, c in zip(counts, classes.values(), strict=True)) / 180
+    assert mean == pytest.approx(values["log_prob"], rel=1e-2)  # a bound's noise differs
     assert main(["traverse", str(run), "--out", str(tmp_path / "t.png"), "--steps", "4"]) == 0
     with Image.open(tmp_path / "t.png") as grid:
         assert grid.size == (4 * 5 * 8, 2 * 5 * 8)
@@ -158,6 +165,22 @@ def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     assert "no folder" in refused(capsys, "sample", run, "--out", tmp_path / "no" / "x.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "x.npy"]
     assert len(refused(capsys, "sample", run, "--n", "0").splitlines()) == 1
+
+
+def test_devices_that_are_not_there_and_damaged_runs(run, tmp_path, capsys):
+    train = ["train", "toy-images", "--data", "digits", "--out", tmp_path / "new"]
+    for name in ("nonsense", "cuda:99"):
+        assert f"--device {name} cannot be used" in refused(capsys, *train, "--device", name)
+        assert f"--device {name} cannot be used" in refused(capsys, "eval", run, "--device", name)
+    shutil.copytree(run, tmp_path / "run")
+    for text in ("not json", "[1]", '{"data": 3}'):
+        (tmp_path / "run" / "run.json").write_text(text)
+        assert "run.json cannot be used" in refused(capsys, "eval", tmp_path / "run")
+    shutil.copy(run / "run.json", tmp_path / "run")
+    facts = json.loads((run / "config.json").read_text())
+    facts["config"]["size"] = 10**8  # more memory than there is
+    (tmp_path / "run" / "config.json").write_text(json.dumps(facts))
+    assert "config.json cannot be used" in refused(capsys, "sample", tmp_path / "run")
 
 
 def test_names_follow_one_rule():

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 
+from genkern.ops.diffusion import _group_norm_act_triton as norm  # noqa: E402
 from genkern.ops.diffusion._q_sample_triton import q_sample_kernel  # noqa: E402
 from genkern.ops.diffusion._sampler_step_moments_triton import moments_kernel  # noqa: E402
 from genkern.ops.diffusion._sampler_step_triton import step_kernel  # noqa: E402
@@ -61,3 +62,18 @@ def test_q_sample(dtype, arch):
         ON_X=0, SIGMA_ON_X=-1, ON_EPS=0, ALPHA_ON_EPS=1, DTYPE=tl.float32, KEY_STRIDE=0, ALIGNED=True, ROWS=1, COLUMNS=1024
     )
     _hold(compile_kernel(q_sample_kernel, types, constants, arch, unaligned=("rows",)), "LDG.E.128", "STG.E.128")
+
+
+@pytest.mark.parametrize("dtype, arch", [("*fp32", 90), ("*bf16", 80)])
+@pytest.mark.parametrize("kernel", ["statistics", "apply", "sums", "gradient"])
+def test_group_norm_act(kernel, dtype, arch):
+    function, silu = getattr(norm, kernel + "_kernel"), {"SILU": True, "CHUNKS": 64}
+    known = {"partial": "*fp64", "sums": "*fp64", "means": "*fp64", "eps": "i64", "weight": "*fp32", "bias": "*fp32"}
+    known |= {"x": dtype, "y": dtype, "grad": dtype, "grad_x": dtype, "scale": dtype, "shift": dtype}
+    absent = {"x2": None, "pre_bias": None, "grad_x2": None}  # of one input, with an affine map and a condition
+    constants = {"DTYPE": tl.float32, "CHUNK": 4096, "BLOCK": 1024, "PIXELS": 4096} | silu | absent
+    names = function.arg_names
+    types = {n: known.get(n, "i32") for n in names if n not in constants}
+    constants = {n: c for n, c in constants.items() if n in names}
+    code = compile_kernel(function, types, constants, arch, unaligned=("eps", "groups", "per_group", "chunks", "rows"))
+    _hold(code, "LDG.E.128", *(("STG.E.128",) if "y" in names or "grad_x" in names else ()))

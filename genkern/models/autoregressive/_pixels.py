@@ -51,7 +51,7 @@ class Pixels(Model):
         loop; the loss draws nothing but dropout, from torch's generator.
         """
         nll = -self.log_prob(batch, labels=labels).mean()
-        return Output(nll / batch[0].numel(), {"nll": nll.detach()})
+        return Output(nll / batch.shape[1:].numel(), {"nll": nll.detach()})
 
     def log_prob(self, batch, *, labels=None, key=None):
         """log p(x), exact, nats per image: (N,). With gradients of the parameters."""
@@ -60,7 +60,7 @@ class Pixels(Model):
 
     def bits_per_dim(self, batch, *, labels=None, key=None):
         """-log p / (values of an image ln 2): (N,)."""
-        return -self.log_prob(batch, labels=labels) / (batch[0].numel() * math.log(2))
+        return -self.log_prob(batch, labels=labels) / (batch.shape[1:].numel() * math.log(2))
 
     def predict(self, x, labels=None):
         """The parameters of every pixel's distribution, of x (N, C, H, W) in [-1, 1]: (N, head.outputs, H, W)."""
@@ -81,7 +81,7 @@ class Pixels(Model):
         Each image has its own key, so image i depends on (key, i), not on n or batch_size.
         """
         c = self.config
-        keys = self.sample_keys(n, key, generator)
+        keys = self.sample_keys(n, key, generator, batch_size)
         labels = self._labels(labels, n, keys.device)
         shape = (n, c.channels, c.size, c.size)
         if (known is None) != (mask is None):

@@ -96,7 +96,10 @@ class Tokens:
 
         prompt: a text, of a model of bytes, with which all of them begin; it counts towards their length.
         """
-        keys, filters = self.sample_keys(n, key, generator), {"top_k": top_k, "top_p": top_p, "min_p": min_p, "order": order}
+        keys, filters = (
+            self.sample_keys(n, key, generator, batch_size),
+            {"top_k": top_k, "top_p": top_p, "min_p": min_p, "order": order},
+        )
         known = keys.new_tensor(list((prompt or "").encode()), dtype=torch.int64)
         if len(known) > length:
             raise ValueError(f"{type(self).__name__}: the prompt has {len(known)} tokens, more than length = {length}")

@@ -64,6 +64,10 @@ class GPT(Tokens, Model):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
+    def optimizer(self, parameters, training):
+        """AdamW whose averages forget sooner than torch's defaults: short runs gain by it."""
+        return torch.optim.AdamW(parameters, training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay)
+
     def _run(self, tokens, state):
         """state: (tokens seen, keys and values (layers, 2, N, heads, context, width / heads)); caches only where gradients are off."""
         tokens = self._inputs(tokens, state)
@@ -167,7 +171,7 @@ class _Block(nn.Module):
 
     def forward(self, x, cache, seen):
         n, length, width = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.attention_norm(x)).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None
         if cache is not None:
             cache[0, :, :, seen : seen + length], cache[1, :, :, seen : seen + length] = k, v

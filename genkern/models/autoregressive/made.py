@@ -86,7 +86,7 @@ class MADE(Model):
     @torch.no_grad()
     def sample(self, n, *, temperature=1.0, key=None, generator=None, batch_size=256):
         """n samples like the data, uint8 0 .. levels or float, each with a key of its own, which also chooses its ordering."""
-        keys, c = self.sample_keys(n, key, generator), self.config
+        keys, c = self.sample_keys(n, key, generator, batch_size), self.config
         ordering = random.bits(random.fold_in(keys, 0), (n, 1), dtype=torch.int64)[:, 0].remainder(c.orderings)
         dtype = self.layers[0].weight.dtype
         result = keys.new_empty(n, *c.shape, dtype=dtype if c.levels is None else torch.uint8)

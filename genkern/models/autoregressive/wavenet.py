@@ -10,6 +10,7 @@ from torch import nn
 from genkern import random
 from genkern.models._base import Model, Output, Training
 from genkern.nn import CausalConv1d
+from genkern.nn.wavenet_steps import WaveNetSteps
 from genkern.ops import (
     discretized_mix_logistic_nll,
     discretized_mix_logistic_sample,
@@ -155,7 +156,7 @@ class WaveNet(Model):
         known       (n, 1, K) or (1, 1, K): how the sounds begin; they are continued to the whole length
         temperature of the distribution: 1 draws from the model; smaller is tamer
         """
-        keys, start = self.sample_keys(n, key, generator), next(self.parameters())
+        keys, start = self.sample_keys(n, key, generator, batch_size), next(self.parameters())
         known = start.new_empty(n, 1, 0) if known is None else self.quantized(self._checked(known)).to(start).expand(n, -1, -1)
         if known.shape[2] > length:
             raise ValueError(f"WaveNet: known must have at most length = {length} samples, got {known.shape[2]}")
@@ -165,10 +166,11 @@ class WaveNet(Model):
             of_part = {"labels": None if labels is None else labels[some]}
             window = lambda a, b, some=some: None if condition is None else condition[some, :, a:b]
             sound = [known[some]]
+            draws = random.split(keys[some], length).unbind(1)  # draw t: what fold_in(keys, t) would give
             new, state, at = known[some], None, 0
             for t in range(known.shape[2], length):
                 params, state = self.step(new, state, condition=window(at, t + 1), **of_part)
-                new, at = self.draw(params[..., -1], random.fold_in(keys[some], t), temperature), t + 1
+                new, at = self.draw(params[..., -1], draws[t].contiguous(), temperature), t + 1
                 sound.append(new)
             parts.append(torch.cat(sound, 2))
         return torch.cat(parts) if parts else known
@@ -192,7 +194,8 @@ class WaveNet(Model):
     def network(self, x, state=None, labels=None, condition=None, *, begins=True):
         """(parameters (N, P, T'), state) of the samples after x (N, 1, T), quantized; begins: a silent one is before x, T' = T + 1.
 
-        state: {convolution, or two: its own}, empty at first; None: a parallel pass, which has gradients and keeps none.
+        state: {convolution, or two: its own}, empty at first; None: a parallel pass, which has gradients and keeps none. Single samples
+        take one native call, whose state is that of "steps".
         """
         c = self.config
         if (labels is None) != (not c.classes) or (condition is None) != (not c.condition):
@@ -225,12 +228,22 @@ class WaveNet(Model):
         else:
             x = through(self.first_conv, x)
         g = self.embed_speakers(labels)[..., None] if c.classes else None
+        relu, one, _, two = self.last_conv_layers
+        if state is not None and x.shape[2] == 1 and self._steps_natively(x):
+            if "steps" not in state:
+                state = {"steps": WaveNetSteps(self.conv_layers, (one, two), len(x), state)} | state
+            return state["steps"].step(x, condition, g), state
+        if state and "steps" in state:
+            state |= state.pop("steps").states()
         total = 0
         for layer in self.conv_layers:
             x, skip = layer(x, condition, g, through, joined)
             total = total + skip
-        relu, one, _, two = self.last_conv_layers
         return through(two, relu(through(one, relu(total * math.sqrt(1 / c.layers))))), state
+
+    def _steps_natively(self, x):
+        training = self.training and self.config.dropout > 0
+        return not torch.is_grad_enabled() and not training and x.device.type == "cpu" and x.dtype == torch.float32
 
     def _index(self, x):
         """Levels of amplitudes that are quantized already."""

@@ -116,7 +116,7 @@ class DDPM(Model):
             raise ValueError(f"{name}: guidance_scale needs a model with classes")
         options = {"clip": self._clip(), "eta": eta, "sigmas": sigmas, "spacing": spacing}
         chain = samplers.by_name(sampler, self.process.schedule, steps, **options)
-        keys = self.sample_keys(n, key, generator)
+        keys = self.sample_keys(n, key, generator, batch_size)
         labels = self._labels(labels, n, keys.device)
         result = torch.empty(n, *shape, device=keys.device)
 

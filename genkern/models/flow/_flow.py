@@ -111,7 +111,7 @@ class FlowModel(Model):
 
         Each has its own key, so sample i depends on (key, i), not on n or batch_size (up to the rounding of sums).
         """
-        keys = self.sample_keys(n, key, generator)
+        keys = self.sample_keys(n, key, generator, batch_size)
         context = self._context(labels, n)
         samples = []
         for start in range(0, max(n, 1), batch_size):

@@ -56,7 +56,8 @@ class GAN(Model):
     @classmethod
     def config_for(cls, data, **settings):
         if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
-            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {data.name} of shape {tuple(data.shape)}")
+            got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)}"
+            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {got} of {data.name}")
         return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
 
     def __init__(self, config):
@@ -125,7 +126,7 @@ class GAN(Model):
 
         In evaluation mode image i depends on (key, i), not on n or batch_size (up to the rounding of sums).
         """
-        keys = self.sample_keys(n, key, generator)
+        keys = self.sample_keys(n, key, generator, batch_size)
         images = []
         for start in range(0, max(n, 1), batch_size):
             part = slice(start, start + batch_size)

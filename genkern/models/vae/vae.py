@@ -57,7 +57,8 @@ class VAE(Model):
     @classmethod
     def config_for(cls, data, **settings):
         if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
-            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {data.name} of shape {tuple(data.shape)}")
+            got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)}"
+            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {got} of {data.name}")
         return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
 
     def __init__(self, config):
@@ -98,7 +99,7 @@ class VAE(Model):
         Each image has its own key, so image i depends on (key, i), not on n or batch_size. (Its latent bit for bit; for another
         batch the decoder may sum in another order, which rounding hides unless a pixel lies on the edge of two levels.)
         """
-        keys = self.sample_keys(n, key, generator)
+        keys = self.sample_keys(n, key, generator, batch_size)
         batches = range(0, max(n, 1), batch_size)
         rows = [{name: values[i : i + batch_size] for name, values in conditions.items()} for i in batches]
         images = [self.decode(self._prior(keys[i : i + batch_size]), **row) for i, row in zip(batches, rows, strict=True)]
@@ -184,6 +185,8 @@ class VAE(Model):
         The sum runs along with the samples, so without gradients memory does not grow with K. With gradients the decoder's
         activations of every sample are kept, unless recompute: then of one, and the backward pass decodes each sample again.
         """
+        if samples < 1:
+            raise ValueError(f"{type(self).__name__}: samples must be at least 1, got {samples}")
         moments = self._moments(x, **conditions)
         if samples == 1:
             z, kl = reparameterize_kl(moments, key=random.split(key, 1).select(-2, 0))

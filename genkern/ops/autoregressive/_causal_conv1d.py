@@ -12,6 +12,7 @@ from genkern.ops._common import (
     check_float,
     check_shape,
     check_tensor,
+    check_written,
     in_working_type,
     promoted,
     same_precision,
@@ -121,6 +122,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             f"got {tuple(state.shape)}"
         )
     check_device(op, "state", state, "x", x)
+    check_written(op, {"state": state}, (x,))
     if state_indices is not None:
         check_tensor(op, "state_indices", state_indices, torch.int32)
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from genkern import random
 from genkern.core import Op
@@ -73,7 +74,7 @@ def discretized_mix_logistic_sample(
     key             int64 (2,), or (N, 2) for one stream per sample. None: drawn from `generator` or torch's default generator
     uniforms        (N, K + channels, ...) in [0, 1) instead: K for the indicator, then one for each colour
 
-    Returns the type of params; computed in float32 (float64). In plain torch on every device.
+    Returns float32 (float64 if params are). A kernel's logarithms may differ from torch's in the last bit.
     """
     op = "discretized_mix_logistic_sample"
     check_float(op, "params", params)
@@ -87,27 +88,15 @@ def discretized_mix_logistic_sample(
     k = _mixtures(op, params, channels)
     shape = (params.shape[0], k + channels, *params.shape[2:])
     if uniforms is None:
-        uniforms = random.uniform(random.key_for(op, key, generator, params), shape, dtype=working_type(params), device=params.device)
+        key = random.key_for(op, key, generator, params)
     elif key is not None or generator is not None:
         raise ValueError(f"{op}: give one of key, generator and uniforms")
-    check_float(op, "uniforms", uniforms)
-    check_shape(op, "uniforms", uniforms, shape, "(N, K + channels, ...)")
-    check_device(op, "uniforms", uniforms, "params", params)
-    params, u = in_working_type(params.detach(), uniforms)[0], uniforms.to(working_type(params)).clamp(1e-5, 1 - 1e-5)
-    logits, means, log_scales, coefficients = _split(params, channels, k)
-    chosen = (logits / temperature - torch.log(-torch.log(u[:, :k]))).argmax(1, keepdim=True)
-    noise = torch.log(u[:, k:]) - torch.log(1 - u[:, k:])
-    take = lambda values: values.gather(2, chosen.unsqueeze(1).expand(-1, values.shape[1], *([-1] * (values.dim() - 2)))).squeeze(2)
-    mean, scale = take(means), temperature * torch.exp(take(log_scales).clamp(min=min_log_scale))
-    x = []
-    for c in range(channels):
-        centre = mean[:, c]
-        if c:
-            link = torch.tanh(take(coefficients))
-            centre = centre + (link[:, 0] * x[0] if c == 1 else link[:, 1] * x[0] + link[:, 2] * x[1])
-        value = (centre + scale[:, c] * noise[:, c]).clamp(-1, 1)
-        x.append(value if levels is None else ((value + 1) * ((levels - 1) / 2)).round() * (2 / (levels - 1)) - 1)
-    return torch.stack(x, 1).to(working_type(params))
+    else:
+        check_float(op, "uniforms", uniforms)
+        check_shape(op, "uniforms", uniforms, shape, "(N, K + channels, ...)")
+        check_device(op, "uniforms", uniforms, "params", params)
+        uniforms = uniforms.detach().to(working_type(params))
+    return _sample(params.detach(), key, uniforms, channels, float(temperature), float(min_log_scale), levels or 0)
 
 
 def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=256, min_log_scale=-7.0):
@@ -223,6 +212,39 @@ _nll = Op(
 )
 
 
+def _reference_sample(params, key, uniforms, channels, temperature, min_log_scale, levels):
+    params = params.to(working_type(params))
+    k = params.shape[1] // (10 if channels == 3 else 3)
+    if uniforms is None:
+        shape = (params.shape[0], k + channels, *params.shape[2:])
+        uniforms = random.uniform(key, shape, dtype=params.dtype, device=params.device)
+    u = uniforms.clamp(1e-5, 1 - 1e-5)
+    logits, means, log_scales, coefficients = _split(params, channels, k)
+    chosen = (logits / temperature - torch.log(-torch.log(u[:, :k]))).argmax(1, keepdim=True)
+    noise = torch.log(u[:, k:]) - torch.log(1 - u[:, k:])
+    take = lambda values: values.gather(2, chosen.unsqueeze(1).expand(-1, values.shape[1], *([-1] * (values.dim() - 2)))).squeeze(2)
+    mean, scale = take(means), temperature * torch.exp(take(log_scales).clamp(min=min_log_scale))
+    x = []
+    for c in range(channels):
+        centre = mean[:, c]
+        if c:
+            link = torch.tanh(take(coefficients))
+            centre = centre + (link[:, 0] * x[0] if c == 1 else link[:, 1] * x[0] + link[:, 2] * x[1])
+        value = (centre + scale[:, c] * noise[:, c]).clamp(-1, 1)
+        x.append(((value + 1) * ((levels - 1) / 2)).round() * (2 / (levels - 1)) - 1 if levels else value)
+    return torch.stack(x, 1)
+
+
+_sample = Op(
+    "discretized_mix_logistic_sample",
+    "(Tensor params, Tensor? key, Tensor? uniforms, int channels, float temperature, float min_log_scale, int levels) -> Tensor",
+    reference=_reference_sample,
+    fake=lambda params, key, uniforms, channels, temperature, min_log_scale, levels: params.new_empty(
+        params.shape[0], channels, *params.shape[2:], dtype=working_type(params)
+    ),
+)
+
+
 def _eager(x, params):
     """OpenAI's rule, after its TensorFlow code's formulas, as PyTorch ports write it."""
     x, k = x.permute(0, 2, 3, 1), params.shape[1] // 10
@@ -241,6 +263,35 @@ def _eager(x, params):
     inside = torch.where(delta > 1e-5, torch.log(delta.clamp(min=1e-12)), density)
     log_p = torch.where(x < -0.999, plus - softplus(plus), torch.where(x > 0.999, -softplus(minus), inside))
     return -torch.logsumexp(log_p.sum(3) + logits.log_softmax(-1), -1).flatten(1).sum(1)
+
+
+def _eager_sample(params, uniforms=None):
+    """OpenAI's sampler, after its TensorFlow code's formulas, as PyTorch ports write it."""
+    params, k = params.permute(0, 2, 3, 1), params.shape[1] // 10
+    logits, rest = params[..., :k], params[..., k:].reshape(*params.shape[:3], 3, 3 * k)
+    gumbel = -torch.log(-torch.log(torch.empty_like(logits).uniform_(1e-5, 1 - 1e-5)))
+    chosen = F.one_hot((logits + gumbel).argmax(3), k).to(params.dtype).unsqueeze(3)
+    means = (rest[..., :k] * chosen).sum(4)
+    log_scales = (rest[..., k : 2 * k] * chosen).sum(4).clamp(min=-7.0)
+    coefficients = (torch.tanh(rest[..., 2 * k :]) * chosen).sum(4)
+    u = torch.empty_like(means).uniform_(1e-5, 1 - 1e-5)
+    x = means + torch.exp(log_scales) * (torch.log(u) - torch.log(1 - u))
+    red = x[..., 0].clamp(-1, 1)
+    green = (x[..., 1] + coefficients[..., 0] * red).clamp(-1, 1)
+    blue = (x[..., 2] + coefficients[..., 1] * red + coefficients[..., 2] * green).clamp(-1, 1)
+    return torch.stack([red, green, blue], 1)
+
+
+def _sample_arguments(make, shape):
+    n, k, *space = shape
+    return {"params": make((n, 10 * k, *space), 0.7), "key": random.key(5, device=make.device)}
+
+
+def _sample_one_channel(make, shape):
+    """One channel, with a key for each sample."""
+    n, k, *space = shape
+    keys = random.split(random.key(5, device=make.device), n)
+    return {"params": make((n, 3 * k, *space), 0.7), "key": keys, "channels": 1}
 
 
 def _arguments(make, shape):
@@ -269,5 +320,17 @@ CASES = (
         bytes=lambda shape, size: size * shape[0] * (10 * shape[1] + 3) * math.prod(shape[2:]),
         bytes_backward=lambda shape, size: size * shape[0] * (20 * shape[1] + 3) * math.prod(shape[2:]),
         bench_shapes=((16, 10, 32, 32),),
+    ),
+    Case(
+        discretized_mix_logistic_sample,
+        _sample_arguments,
+        forms=(_sample_one_channel,),
+        shapes=((2, 3, 4, 5), (0, 2, 3, 3), (2, 2, 17, 19)),
+        large=(3, 2, 40, 41),
+        variants=({}, {"temperature": 0.7}),
+        constants=None,
+        eager=_eager_sample,
+        bytes=lambda shape, size: size * shape[0] * (10 * shape[1] + 3) * math.prod(shape[2:]),
+        bench_shapes=((16, 10, 32, 32), (64, 10, 1, 1)),
     ),
 )

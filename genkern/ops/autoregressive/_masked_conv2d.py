@@ -1,9 +1,14 @@
 """masked_conv2d: a convolution over images that sees no pixel (and no colour) ahead in raster order."""
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, promoted
+from genkern.core import Op
+from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted
+from genkern.testing._case import Case
 
 
 def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"):
@@ -21,9 +26,9 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
     layout      which channels are of one colour. "grouped": neighbours, C / colors of them; "interleaved": channel i is of colour
                 i % colors
 
-    float32, float64, bfloat16, float16; mixed types are promoted. Made of torch's convolutions over the live taps, so it runs on
-    every device, follows autocast, and rounds the sums of its two or three parts to the result's type. On the CPU that is ahead of
-    a convolution with a masked weight from 5x5 on with many channels, and behind it at 3x3 or with few. TypeError, ValueError on
+    float32, float64, bfloat16, float16; mixed types are promoted. On the CPU one direct convolution over the live taps, in float32
+    (float64); an output's bits do not depend on the batch, the size of the image or the number of threads. On other devices two or
+    three of torch's convolutions over them, which follow autocast and round each to the result's type. TypeError, ValueError on
     anything else. Differentiable to any order.
     """
     op = "masked_conv2d"
@@ -38,15 +43,10 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
         check_float(op, "bias", bias)
         check_shape(op, "bias", bias, weight.shape[:1], "(C_out,)")
         check_device(op, "bias", bias, "x", x)
-    dtype = promoted(x, weight, bias)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    y = None
-    for part, bias_left in _parts(x, weight, bias, mask_type, colors, layout):
-        y, bias = part if y is None else y + part, bias_left
-    if y is None:  # a 1x1 kernel of type A
-        y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
-    return y if bias is None else y + bias[:, None, None]
+    dtype, own, grouped = promoted(x, weight, bias), mask_type == "B", layout == "grouped"
+    if x.device.type != "cpu":
+        return _reference(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), own, colors, grouped)
+    return _op(*in_working_type(x, weight, bias), own, colors, grouped).to(dtype)
 
 
 def check_channels(op, mask_type, colors, layout, channels, channels_out):
@@ -63,7 +63,17 @@ def check_kernel(op, size):
         raise ValueError(f"{op}: the kernel sizes must be odd, got {tuple(size)}")
 
 
-def _parts(x, weight, bias, mask_type, colors, layout):
+def _reference(x, weight, bias, own, colors, grouped):
+    """torch's convolutions over the live taps."""
+    y = None
+    for part, bias_left in _parts(x, weight, bias, own, colors, grouped):
+        y, bias = part if y is None else y + part, bias_left
+    if y is None:  # no tap is live: sums of nothing, which have gradients
+        y = x[:, :0].sum(1, keepdim=True) + weight[:, :0].sum((1, 2, 3))[:, None, None]
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _parts(x, weight, bias, own, colors, grouped):
     """The summands: rows above, the current row, and with colours the current pixel; each with the bias that it leaves to be added."""
     height, width = x.shape[2:]
     rows, columns = (k // 2 for k in weight.shape[2:])
@@ -72,27 +82,26 @@ def _parts(x, weight, bias, mask_type, colors, layout):
         yield F.conv2d(above, weight[:, :, :rows].contiguous(), bias), None  # torch is slow on a strided weight
         bias = None
     row = weight[:, :, rows : rows + 1]
-    if mask_type == "B" and colors == 1:
+    if own and colors == 1:
         yield F.conv2d(F.pad(x, (columns, 0)), row[..., : columns + 1].contiguous(), bias), None
         return
     if columns and width > 1:
         yield F.conv2d(F.pad(x[..., : width - 1], (columns, 0)), row[..., :columns].contiguous(), bias), None
         bias = None
     if colors > 1:
-        yield _pixel(x, row[:, :, 0, columns], mask_type, colors, layout), bias
+        yield _pixel(x, row[:, :, 0, columns], own, colors, grouped), bias
 
 
-def _pixel(x, weight, mask_type, colors, layout):
+def _pixel(x, weight, own, colors, grouped):
     """The centre tap (C_out, C), one 1x1 convolution for each colour of the output over the colours that it may see."""
     n, _, height, width = x.shape
-    grouped = layout == "grouped"
     dim = 1 if grouped else 2
     by_color = lambda channels: (colors, channels // colors) if grouped else (channels // colors, colors)
     x = x.reshape(n, *by_color(x.shape[1]), height, width)
     weight = weight.reshape(*by_color(weight.shape[0]), *by_color(weight.shape[1]))  # (out, out, in, in)
     outputs = []
     for color in range(colors):
-        seen = color + (mask_type == "B")
+        seen = color + own
         w = weight.select(dim - 1, color).narrow(dim, 0, seen).flatten(1)
         if seen == 0:
             outputs.append(x.new_zeros(n, w.shape[0], height, width))
@@ -100,3 +109,57 @@ def _pixel(x, weight, mask_type, colors, layout):
             outputs.append(F.conv2d(x.narrow(dim, 0, seen).flatten(1, 2), w[:, :, None, None]))
     dtype = promoted(*outputs)
     return torch.stack([y.to(dtype) for y in outputs], dim).flatten(1, 2)
+
+
+_op = Op(
+    "masked_conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias, bool own, int colors, bool grouped) -> Tensor",
+    reference=_reference,
+    fake=lambda x, weight, bias, own, colors, grouped: x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]),
+    differentiable=("x", "weight", "bias"),
+)
+
+
+def _of_type_a(x, weight, bias=None, mask_type="A", colors=1, layout="grouped"):
+    return masked_conv2d(x, weight, bias, mask_type=mask_type, colors=colors, layout=layout)
+
+
+_of_type_a.__name__ = "masked_conv2d"
+
+
+def _arguments(make, shape):
+    """A shape is (N, C, H, W), or with the outputs and the size of the kernel (N, C, H, W, C_out, K)."""
+    n, c, h, w, outputs, size = (*shape, shape[1], 3)[:6]
+    return {"x": make((n, c, h, w)), "weight": make((outputs, c, size, size), (c * size * size) ** -0.5), "bias": make((outputs,))}
+
+
+def _interleaved_row(make, shape):
+    c = shape[1]
+    return {"x": make(shape[:4]), "weight": make((c, c, 1, 5), (5 * c) ** -0.5), "layout": "interleaved"}
+
+
+def _eager(x, weight, bias):
+    """A convolution with the masked weight, type A, as it is usually written: the mask is kept in a buffer."""
+    return F.conv2d(x, weight * _mask(weight.shape[2], weight.dtype), bias, padding=weight.shape[2] // 2)
+
+
+@functools.cache
+def _mask(size, dtype):
+    return (torch.arange(size * size) < size * size // 2).view(size, size).to(dtype)
+
+
+CASES = (
+    Case(
+        _of_type_a,
+        _arguments,
+        forms=(_interleaved_row,),
+        shapes=((2, 3, 5, 6), (1, 3, 1, 1), (0, 3, 2, 2), (1, 6, 3, 19)),
+        small=(1, 3, 2, 2, 3, 1),
+        large=(3, 12, 19, 23),
+        variants=({}, {"mask_type": "B", "colors": 3}),
+        eager=_eager,
+        bytes=lambda shape, size: size * math.prod(shape[:4]) * (1 + shape[4] / shape[1]),
+        bytes_backward=lambda shape, size: 3 * size * math.prod(shape[:4]) * (1 + shape[4] / shape[1]),
+        bench_shapes=((16, 64, 28, 28, 64, 7), (16, 1, 28, 28, 64, 7), (1, 192, 16, 16, 384, 5), (16, 64, 16, 16, 64, 3)),
+    ),
+)

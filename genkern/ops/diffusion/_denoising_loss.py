@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_float, check_like, check_number, same_precision, working_type
+from genkern.ops._common import check_choice, check_float, check_like, check_number, same_precision, sum_per_sample, working_type
 from genkern.ops.diffusion import _q_sample
 from genkern.ops.diffusion._q_sample import BENCH_SHAPES, SHAPES, TARGETS, per_sample
 from genkern.testing._case import Case
@@ -90,7 +90,7 @@ def _reference(prediction, other, fixed, alpha, sigma, key, scale, target):
     if key is not None:
         eps = random.normal(key, x.shape, dtype=dtype, device=x.device)
         x = _q_sample.target_of(x, eps, per_sample(alpha, x), per_sample(sigma, x), target)
-    return ((prediction.to(dtype) - x).square() * scale).flatten(1).sum(1)
+    return sum_per_sample((prediction.to(dtype) - x).square() * scale)
 
 
 _op = Op(

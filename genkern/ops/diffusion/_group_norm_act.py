@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, same_precision
+from genkern.ops._common import (
+    check_choice,
+    check_device,
+    check_float,
+    check_shape,
+    check_written,
+    in_working_type,
+    promoted,
+    same_precision,
+)
 from genkern.testing._case import Case
 
 
@@ -68,6 +77,7 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
         raise ValueError(f"{op}: float64 does not mix with narrower types: out is {out.dtype}, x is {tensors[0].dtype}")
     if not (out.is_contiguous() or (out.numel() and out[0].is_contiguous())):
         raise ValueError(f"{op}: the samples of out must be contiguous")
+    check_written(op, {"out": out}, (x, x2, weight, bias, pre_bias, scale, shift))
     if x2 is not None and any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (x, x2)):
         raise ValueError(f"{op}: out must not share memory with one of two inputs")
     _out_op(*(None if t is None else t.detach() for t in tensors), groups, float(eps), activation == "silu", out)

@@ -12,6 +12,7 @@ from genkern.ops._common import (
     check_like,
     check_number,
     check_shape,
+    check_written,
     in_working_type,
     same_precision,
     working_type,
@@ -113,7 +114,11 @@ def sampler_step(
         _check_output("input_out", input_out, (model_output.shape[0], *shape[1:]), model_output)
     if draws:
         key = random.key_for("sampler_step", key, generator, x)
-    given = [t for t in (out, history_out, input_out) if t is not None]
+    named = {"out": out, "history_out": history_out, "input_out": input_out}
+    given = [t for t in named.values() if t is not None]
+    if given:
+        written = {name: t for name, t in named.items() if t is not None}
+        check_written("sampler_step", written, (x, model_output, h1, h2, h3, noise))
     out = _new(x) if out is None else out
     outputs = [out]
     if h1 is not None:

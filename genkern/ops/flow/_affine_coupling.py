@@ -13,9 +13,11 @@ from genkern.ops._common import (
     check_float,
     check_number,
     check_shape,
+    check_written,
     in_working_type,
     promoted,
     same_precision,
+    share_memory,
     working_type,
 )
 from genkern.testing._case import Case
@@ -50,8 +52,8 @@ def affine_coupling(
     Differentiable to any order; the backward pass starts from the inputs, nothing else is kept.
     """
     args = _arguments(_NAME, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
-    y, own = _op(*args)
-    return y, own if log_det is None else log_det + own
+    y, total = _op(*args)
+    return y, _with_wider(log_det, args[3], total)
 
 
 def affine_coupling_(
@@ -66,16 +68,26 @@ def affine_coupling_(
     old, *args = _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
         raise ValueError(f"{op}: x is overwritten and the gradient would need it; use affine_coupling, or torch.no_grad()")
+    check_written(op, {"x": x})
+    if share_memory(x, params):
+        raise ValueError(f"{op}: x and params must not share memory")
     if promoted(x, params) != x.dtype:
         raise TypeError(f"{op}: x must have the promoted type of x and params, got {x.dtype} and {params.dtype}")
+    if log_det is not None and log_det.requires_grad and torch.is_grad_enabled():
+        args[2] = None  # the op in place has no gradient
     if _row_dense(x):
-        own = _in_place(old, *args)
+        total = _in_place(old, *args)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(x)
     else:
-        y, own = _op(old, *args)
+        y, total = _op(old, *args)
         x.copy_(y)
-    return own if log_det is None else log_det + own
+    return _with_wider(log_det, args[2], total)
+
+
+def _with_wider(log_det, running, total):
+    """total, with log_det where the op has not added it: float64 with narrower arguments, whose digits the sum keeps."""
+    return total if log_det is None or running is not None else log_det + total
 
 
 def _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, log_det):
@@ -105,9 +117,12 @@ def _arguments(op, x, params, scale, layout, shift_first, inverse, limit, mask, 
     if layout == "interleaved":
         params = torch.cat([params[:, 0::2], params[:, 1::2]], 1)
     x, params = same_precision((x, params))
+    work, running = working_type(x, params), None
+    if log_det is not None and working_type(log_det, x) == work:
+        running = log_det.to(work)
     if mask is not None:  # a number per element of a sample, which the kernels read like the other inputs
-        mask = mask.expand(x.shape[1:]).to(x.device, working_type(x, params)).contiguous()
-    return x, params, mask, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit)
+        mask = mask.expand(x.shape[1:]).to(x.device, work).contiguous()
+    return x, params, mask, running, SCALES.index(scale), layout == "scale_shift", shift_first, inverse, float(limit)
 
 
 def additive_coupling(x, shift, *, inverse=False, mask=None):
@@ -166,7 +181,7 @@ def _scaled(u, scale, limit):
     return log_s.exp(), log_s
 
 
-def _reference(x, params, mask, scale, scale_first, shift_first, inverse, limit):
+def _reference(x, params, mask, running, scale, scale_first, shift_first, inverse, limit):
     dtype = promoted(x, params)
     x, params = in_working_type(x, params)
     shift, raw = params.chunk(2, 1) if params.shape[1] else (params, params)
@@ -180,19 +195,20 @@ def _reference(x, params, mask, scale, scale_first, shift_first, inverse, limit)
         y = (x + shift) * s if shift_first else x * s + shift
     if mask is not None:
         y, log_s = torch.where(mask != 0, y, x), torch.where(mask != 0, log_s, torch.zeros_like(log_s))
-    return torch.cat([kept, y], 1).to(dtype), log_s.flatten(1).sum(1)
+    log_det = log_s.flatten(1).sum(1)
+    return torch.cat([kept, y], 1).to(dtype), log_det if running is None else running + log_det
 
 
 _op = Op(
     _NAME,
-    "(Tensor x, Tensor params, Tensor? mask, int scale, bool scale_first, bool shift_first, bool inverse, float limit) "
-    "-> (Tensor, Tensor)",
+    "(Tensor x, Tensor params, Tensor? mask, Tensor? running, int scale, bool scale_first, bool shift_first, bool inverse, "
+    "float limit) -> (Tensor, Tensor)",
     reference=_reference,
     fake=lambda x, params, *_: (
         x.new_empty(x.shape, dtype=promoted(x, params)),
         x.new_empty(x.shape[:1], dtype=working_type(x, params)),
     ),
-    differentiable=("x", "params"),
+    differentiable=("x", "params", "running"),
 )
 
 
@@ -204,7 +220,8 @@ def _reference_in_place(x, *args):
 
 _in_place = Op(
     "affine_coupling_",
-    "(Tensor(a!) x, Tensor params, Tensor? mask, int scale, bool scale_first, bool shift_first, bool inverse, float limit) -> Tensor",
+    "(Tensor(a!) x, Tensor params, Tensor? mask, Tensor? running, int scale, bool scale_first, bool shift_first, bool inverse, "
+    "float limit) -> Tensor",
     reference=_reference_in_place,
     fake=lambda x, params, *_: x.new_empty(x.shape[:1], dtype=working_type(x, params)),
 )
@@ -219,7 +236,7 @@ def _eager(x, params):
 
 def _masked(make, shape):
     mask = torch.arange(math.prod(shape[1:]), device=make.device).reshape(shape[1:]) % 2 == 0
-    return {"x": make(shape), "params": make((shape[0], 2 * shape[1], *shape[2:])), "mask": mask}
+    return {"x": make(shape), "params": make((shape[0], 2 * shape[1], *shape[2:])), "mask": mask, "log_det": make(shape[:1])}
 
 
 def _on_a_copy(x, params, **settings):

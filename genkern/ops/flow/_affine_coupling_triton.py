@@ -142,11 +142,11 @@ def affine_coupling_(x, params, *settings):
     return _transform(x, x, params, *settings)
 
 
-def _transform(x, y, params, mask, scale, scale_first, shift_first, inverse, limit):
+def _transform(x, y, params, mask, running, scale, scale_first, shift_first, inverse, limit):
     work, dtype = lanes.working_type(x, params)
     rows, width = x.shape[0], x[0:1].numel()
     if x.numel() == 0:
-        return x.new_zeros(rows, dtype=work)
+        return x.new_zeros(rows, dtype=work) if running is None else running.clone()
     sums = x.new_empty((rows, triton.cdiv(width, lanes.tile_shape(width)[1])), dtype=work)
     x_rows, y_rows, (shift, raw) = lanes.as_rows(x), lanes.as_rows(y), _halves(params, scale_first)
     strides = x_rows.stride(0), shift.stride(0), y_rows.stride(0), sums.stride(0)
@@ -154,16 +154,18 @@ def _transform(x, y, params, mask, scale, scale_first, shift_first, inverse, lim
         forward_kernel, x, rows, width, x_rows, shift, raw, mask, y_rows, sums, lanes.real(limit), *strides, width - shift.shape[1],
         **_constants(mask, scale, shift_first, inverse, dtype),
     )  # fmt: skip
-    return sums.sum(1, dtype=torch.float64).to(work)
+    total = sums.sum(1, dtype=torch.float64).to(work)
+    return total if running is None else total.add_(running)
 
 
 @implements("triton", "affine_coupling_backward")
-def affine_coupling_backward(grad_y, grad_log_det, x, params, mask, scale, scale_first, shift_first, inverse, limit):
+def affine_coupling_backward(grad_y, grad_log_det, x, params, mask, running, scale, scale_first, shift_first, inverse, limit):
     _, dtype = lanes.working_type(x, params)
     d_x, d_params = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, params))
+    d_running = [] if running is None else [grad_log_det.clone(memory_format=torch.contiguous_format)]
     rows, width = x.shape[0], x[0:1].numel()
     if x.numel() == 0:
-        return [d_x, d_params.zero_()]
+        return [d_x, d_params.zero_(), *d_running]
     grad, x_rows, d_x_rows = lanes.as_rows(grad_y), lanes.as_rows(x), lanes.as_rows(d_x)
     (shift, raw), (d_shift, d_raw) = _halves(params, scale_first), _halves(d_params, scale_first)
     strides = grad.stride(0), grad_log_det.stride(0), x_rows.stride(0), shift.stride(0), d_x_rows.stride(0), d_shift.stride(0)
@@ -171,4 +173,4 @@ def affine_coupling_backward(grad_y, grad_log_det, x, params, mask, scale, scale
         backward_kernel, x, rows, width, grad, grad_log_det, x_rows, shift, raw, mask, d_x_rows, d_shift, d_raw, lanes.real(limit),
         *strides, width - shift.shape[1], **_constants(mask, scale, shift_first, inverse, dtype),
     )  # fmt: skip
-    return [d_x, d_params]
+    return [d_x, d_params, *d_running]

@@ -6,7 +6,7 @@ import torch
 
 from genkern import random
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_number
+from genkern.ops._common import check_choice, check_number, sum_per_sample
 from genkern.ops.flow._squeeze import squeeze as squeezed
 from genkern.testing._case import Case
 
@@ -70,7 +70,7 @@ def _reference(x, key, levels, scale, low, high, logit, dtype):
         y, log_det = log_v - log_rest, log_det - log_v - log_rest
     else:
         y = v * scale + low
-    return y.to(DTYPES[dtype]), log_det.flatten(1).sum(1) if x.dim() > 1 else log_det
+    return y.to(DTYPES[dtype]), sum_per_sample(log_det)
 
 
 def _working_type(dtype):

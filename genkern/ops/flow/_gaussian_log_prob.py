@@ -5,7 +5,7 @@ import math
 import torch
 
 from genkern.core import Op
-from genkern.ops._common import check_float, check_like, in_working_type, same_precision, working_type
+from genkern.ops._common import check_float, check_like, in_working_type, same_precision, sum_per_sample, working_type
 from genkern.testing._case import Case
 
 _NAME = "gaussian_log_prob"
@@ -49,7 +49,7 @@ def _reference(x, mean, log_std):
     z = z if log_std is None else z * torch.exp(-log_std)
     log_prob = -0.5 * (z * z + math.log(2 * math.pi))
     log_prob = log_prob if log_std is None else log_prob - log_std
-    return log_prob.flatten(1).sum(1) if x.dim() > 1 else log_prob
+    return sum_per_sample(log_prob)
 
 
 _op = Op(

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from genkern.ops._common import FLOATS, check_device, check_float, check_number, in_working_type, working_type
+from genkern.ops._common import FLOATS, check_device, check_float, check_number, in_working_type, sum_per_sample, working_type
 
 # ---- reference pieces
 
@@ -36,7 +36,7 @@ def divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element):
         kl = 0.5 * ((mu - prior_mu).square() * torch.exp(-prior_log_var) + (torch.expm1(d) - d))
     if free_bits > 0:
         kl = _clamp(kl, free_bits, math.inf)
-    return kl if per_element else kl.flatten(1).sum(1)
+    return kl if per_element else sum_per_sample(kl)
 
 
 # ---- fakes

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op, backend
-from genkern.ops._common import check_float, check_like, in_working_type, same_precision, working_type
+from genkern.ops._common import FLOATS, check_float, check_like, in_working_type, same_precision, sum_per_sample, working_type
 from genkern.testing._case import Case
 
 
@@ -20,8 +20,10 @@ def bernoulli_nll(logits, x):
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in logits
     to any order. TypeError, ValueError on anything else.
     """
-    _check("bernoulli_nll", x, logits=logits)
-    return _run(_bernoulli, x, *same_precision((logits, x)))
+    if not _alike(logits, x):
+        _check("bernoulli_nll", x, logits=logits)
+        logits, x = same_precision((logits, x))
+    return _run(_bernoulli, x, logits, x)
 
 
 def gaussian_nll(mu, log_var, x):
@@ -33,6 +35,8 @@ def gaussian_nll(mu, log_var, x):
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in mu and
     log_var to any order. TypeError, ValueError on anything else. (Kingma & Welling, 2014, appendix C.2)
     """
+    if _alike(mu, log_var, x):
+        return _run(_gaussian, x, mu, log_var, x)
     _check("gaussian_nll", x, mu=mu)
     if log_var is not None:
         check_float("gaussian_nll", "log_var", log_var)
@@ -64,10 +68,12 @@ def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
     float32, float64, bfloat16, float16, also mixed. Returns nats (N,), float32 (float64 if an input is), differentiable in mu and
     log_scale to any order. TypeError, ValueError on anything else.
     """
-    _check("discretized_logistic_nll", x, mu=mu, log_scale=log_scale)
+    if not _alike(mu, log_scale, x):
+        _check("discretized_logistic_nll", x, mu=mu, log_scale=log_scale)
+        mu, log_scale, x = same_precision((mu, log_scale, x))
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
         raise ValueError(f"discretized_logistic_nll: levels must be an int of at least 2, got {levels!r}")
-    return _run(_discretized_logistic, x, *same_precision((mu, log_scale, x)), levels)
+    return _run(_discretized_logistic, x, mu, log_scale, x, levels)
 
 
 def _check(op, x, **parameters):
@@ -79,6 +85,15 @@ def _check(op, x, **parameters):
         check_like(op, other, tensor, name, first)
 
 
+def _alike(*tensors):
+    """The usual case, seen at once: at small sizes the checks are a good part of the call."""
+    first = tensors[0]
+    for x in tensors:
+        if not isinstance(x, torch.Tensor) or x.dtype is not first.dtype or x.shape != first.shape or x.device != first.device:
+            return False
+    return first.dtype in FLOATS and first.dim() > 0
+
+
 def _run(op, x, *args):
     if not x.requires_grad:
         return op(*args)
@@ -86,19 +101,15 @@ def _run(op, x, *args):
         return op(*args)
 
 
-def _per_sample(nll):
-    return nll.flatten(1).sum(1) if nll.dim() > 1 else nll
-
-
 def _bernoulli_reference(logits, x):
     logits, x = in_working_type(logits, x)
-    return _per_sample(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
+    return sum_per_sample(F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
 
 
 def _gaussian_reference(mu, log_var, x):
     mu, log_var, x = in_working_type(mu, log_var, x)
     twice = (x - mu).square() if log_var is None else (x - mu).square() * torch.exp(-log_var) + log_var
-    return _per_sample(0.5 * (twice + math.log(2 * math.pi)))
+    return sum_per_sample(0.5 * (twice + math.log(2 * math.pi)))
 
 
 def _discretized_logistic_reference(mu, log_scale, x, levels):
@@ -107,7 +118,7 @@ def _discretized_logistic_reference(mu, log_scale, x, levels):
     below = -F.logsigmoid((x - mu + h) * inverse_scale)
     above = -F.logsigmoid((mu + h - x) * inverse_scale)
     inside = below + above - torch.log(-torch.expm1(-2 * h * inverse_scale))
-    return _per_sample(torch.where(x < h - 1, below, torch.where(x > 1 - h, above, inside)))
+    return sum_per_sample(torch.where(x < h - 1, below, torch.where(x > 1 - h, above, inside)))
 
 
 def _fake(first, *rest):

@@ -5,7 +5,7 @@ import math
 import torch
 
 from genkern.core import Op
-from genkern.ops._common import check_device, check_float, check_shape, in_working_type, same_precision, working_type
+from genkern.ops._common import check_device, check_float, check_shape, in_working_type, same_precision, sum_per_sample, working_type
 from genkern.ops.vae import _latent
 from genkern.ops.vae._gaussian_kl import BENCH_SHAPES, combined_moments
 from genkern.testing._case import Case
@@ -52,7 +52,7 @@ def _reference(nll, z, mu, log_var, log_sum):
     nll, z, log_sum, *moments = in_working_type(nll, z, log_sum, *_latent.moments(mu, log_var))
     mu, log_var = moments
     ratio = 0.5 * ((z - mu).square() * torch.exp(-log_var) + log_var - z.square())
-    log_w = (ratio.flatten(1).sum(1) if z.dim() > 1 else ratio) - nll
+    log_w = sum_per_sample(ratio) - nll
     return log_w if log_sum is None else torch.logaddexp(log_sum, log_w)
 
 
