@@ -158,8 +158,8 @@ CASES = (
         large=(3, 12, 19, 23),
         variants=({}, {"mask_type": "B", "colors": 3}),
         eager=_eager,
-        bytes=lambda shape, size: size * math.prod(shape[:4]) * (1 + shape[4] / shape[1]),
-        bytes_backward=lambda shape, size: 3 * size * math.prod(shape[:4]) * (1 + shape[4] / shape[1]),
+        bytes=lambda shape, size: size * shape[0] * math.prod(shape[2:4]) * (shape[1] + shape[4]),
+        bytes_backward=lambda shape, size: 2 * size * shape[0] * math.prod(shape[2:4]) * (shape[1] + shape[4]),
         bench_shapes=((16, 64, 28, 28, 64, 7), (16, 1, 28, 28, 64, 7), (1, 192, 16, 16, 384, 5), (16, 64, 16, 16, 64, 3)),
     ),
 )
