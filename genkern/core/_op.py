@@ -134,7 +134,7 @@ class Op:
                 self._default[device_type] = (name, None)
                 return
             why = f"{name}: {missing}"
-        self._default[device_type] = ("reference", why)
+        self._default[device_type] = ("reference", None if device_type == "meta" else why)  # a meta tensor only has a shape
 
     def _choose(self, tensor):
         """(backend, None or why a slow path is taken) for a call whose choosing argument is this tensor."""

@@ -328,8 +328,8 @@ def main(argv=None):
     if unknown:
         parser.error(f"no op {unknown[0]!r}; benched are {', '.join(known)}")
     wrong = [text for text in arguments.shape or () if not all(size.isdecimal() for size in text.split("x"))]
-    if wrong or arguments.rounds < 2 or arguments.threads < 1:
-        parser.error(f"--shape must be such as 256x4096, got {wrong[0]}" if wrong else "needs --rounds 2 and --threads 1 at least")
+    if wrong or arguments.rounds < 2:
+        parser.error(f"--shape must be such as 256x4096, got {wrong[0]}" if wrong else "needs --rounds 2 at least")
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape or ()]
     dtype = getattr(torch, arguments.dtype)
     torch._inductor.config.fallback_random = True  # its own generator is several times slower on a CPU
