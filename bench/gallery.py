@@ -84,6 +84,7 @@ def run(name, progress=False):
         "sampling_seconds": round(time.perf_counter() - start, 1),
         "held_out": held_out,
         "baselines": metrics.baselines(source, "test", model) if "bits_per_dim" in held_out else {},
+        "pictures": pictures(model, source),
         "judged": judged(model, source) if source_name == "digits" else {},
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -92,6 +93,13 @@ def run(name, progress=False):
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     return time.perf_counter() - began
+
+
+def pictures(model, source):
+    """Of photographs the held-out bits per value of each, and its PNG's."""
+    parts = source.by_class() if source.pictures else {}
+    bits = {name: model.evaluate(*part.test, key=genkern.random.key(1), likelihood=True) for name, part in parts.items()}
+    return {name: [bits[name]["bits_per_dim"], metrics.png_bits(part.pictures.values())] for name, part in parts.items()}
 
 
 def judged(model, source, n=1080):
@@ -146,6 +154,7 @@ def page():
     for name, facts in done.items():
         figures = [f"{title.replace('_', ' ')} {value:.3f}" for title, value in facts["held_out"].items()]
         figures = "<br>".join([*figures, *(f"*{title} {value:.3f}*" for title, value in facts["baselines"].items())])
+        figures += "".join(f"<br>{title} {bits:.3f} (*PNG {png:.3f}*)" for title, (bits, png) in facts.get("pictures", {}).items())
         settings = "".join(f" --{k.replace('_', '-')} {v}" for k, v in facts["settings"].items())
         made = f"{facts['parameters']:,} parameters<br>{facts['epochs']} epochs in {facts['training_seconds']:.0f} s"
         command = f"`genkern train {name} --data {facts['data']}{settings}`"
