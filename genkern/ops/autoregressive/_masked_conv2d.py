@@ -1,6 +1,5 @@
 """masked_conv2d: a convolution over images that sees no pixel (and no colour) ahead in raster order."""
 
-import functools
 import math
 
 import torch
@@ -143,9 +142,13 @@ def _eager(x, weight, bias):
     return F.conv2d(x, weight * _mask(weight.shape[2], weight.dtype), bias, padding=weight.shape[2] // 2)
 
 
-@functools.cache
+_masks: dict = {}  # a layer's buffer
+
+
 def _mask(size, dtype):
-    return (torch.arange(size * size) < size * size // 2).view(size, size).to(dtype)
+    if (size, dtype) not in _masks:
+        _masks[size, dtype] = (torch.arange(size * size) < size * size // 2).view(size, size).to(dtype)
+    return _masks[size, dtype]
 
 
 CASES = (
