@@ -49,7 +49,7 @@ class IAF(MAF):
     """IAF(IAFConfig(shape=(2,), levels=None)): points, or small images."""
 
     Config = IAFConfig
-    defaults = Training(epochs=20, batch_size=64, learning_rate=1e-3, ema=0.99, clip_grad_norm=100.0)
+    defaults = Training(epochs=40, batch_size=64, learning_rate=4e-3, schedule="cosine", ema=0.99, clip_grad_norm=100.0)
 
     def _layer(self):
         return Inverse(super()._layer())
