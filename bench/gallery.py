@@ -1,6 +1,6 @@
 """The gallery: trains a small default of every model that exists and writes one page of pictures with figures and times.
 
-    make gallery                           # all of it, one part per core at a time: 13 minutes on two cores
+    make gallery                           # all of it, one part per core at a time: 19 minutes on two cores beside other work
     python bench/gallery.py vae glow       # these parts anew; the page keeps the others
     python bench/gallery.py vae --jobs 1   # one after the other, each with a progress bar of its own
 
