@@ -62,6 +62,7 @@ def run(name, progress=False):
     """Train one part; write its picture and figures; the seconds it took."""
     began = time.perf_counter()
     source_name, settings = PARTS[name]
+    print(f"{name}: training on {source_name}", file=sys.stderr, flush=True)
     kind, source = cli.model_class(name), data.load(source_name)
     of_training = {field.name for field in dataclasses.fields(genkern.models.Training)}
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Glow trained and judged: on 32 x 32 RGB patches of two photographs, and on digits with their classes.
 
     python bench/glow.py            # both parts, some minutes each on one thread
-    python bench/glow.py photos --runs /tmp/runs   # keeps the runs there, and goes on with one that was broken off
+    python bench/glow.py photos --runs runs        # keeps the runs there, and goes on with one that was broken off
 
 photos: bits per dimension of each photograph's held-out quarter, for Glow (its dequantization bound, and the tighter one of 16 draws)
 and for two models that need no training loop, all fitted to the other three quarters of both photographs.
