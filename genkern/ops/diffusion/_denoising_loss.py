@@ -59,12 +59,13 @@ def denoising_loss(
     check_like(op, "prediction", prediction, name, other)
     check_choice(op, "target", target, TARGETS)
     check_choice(op, "weighting", weighting, (None, "min_snr", "p2", "edm"))
-    for argument, value in {"min_snr_gamma": min_snr_gamma, "p2_k": p2_k, "p2_gamma": p2_gamma, "sigma_data": sigma_data}.items():
-        check_number(op, argument, value)
     prediction, other = same_precision((prediction, other))
     if other.dim() < 1:
         raise ValueError(f"{op}: {name} must be (N, ...), got a scalar")
     alpha = sigma = None
+    if weighting is not None:
+        for argument, value in {"min_snr_gamma": min_snr_gamma, "p2_k": p2_k, "p2_gamma": p2_gamma, "sigma_data": sigma_data}.items():
+            check_number(op, argument, value)
     if key is not None or weighting is not None:
         alpha, sigma = _q_sample.coefficients(op, other, timesteps, table)
     # A gradient of the target is written only where somebody needs it.
