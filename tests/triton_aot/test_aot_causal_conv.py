@@ -58,6 +58,22 @@ def test_causal_conv(name, own, full, arch):
 
 
 @each_arch
+@pytest.mark.parametrize("indices", [False, True], ids=["plain", "slots"])
+def test_causal_conv_update(indices, arch):
+    kernel = conv.update_kernel
+    integers = ("x_sample", "x_channel", "x_time", "state_slot", "state_channel", "state_time", "channels", "rows", "time", "length")
+    types = dict.fromkeys(("x", "state", "weight", "bias", "y"), "*fp32") | dict.fromkeys(integers, "i32")
+    if indices:
+        types["indices"] = "*i32"
+    constants = dict(TAPS=4, DILATION=1, BIAS=True, INDICES=indices, SILU=True, DTYPE=tl.float32, ROWS=128, COLUMNS=4)
+    code = compile_kernel(kernel, types, constants, arch, unaligned=integers)
+    assert code.stack == 0 and code.registers <= 128
+    assert not [o for o in code.opcodes if o.startswith(("LDL", "STL"))]
+    assert "BAR.SYNC" in "".join(code.opcodes)  # between reading and shifting a state
+    assert ".approx.f32" not in code.ptx
+
+
+@each_arch
 @pytest.mark.parametrize("kernel", [gate.gate_kernel, gate.gate_backward_kernel], ids=["forward", "backward"])
 def test_gate(kernel, arch):
     names = [n for n in ("grad", "x", "condition", "y", "d_x", "d_condition") if n in kernel.arg_names]

@@ -489,7 +489,7 @@ CASES = (
         _step_arguments,
         forms=(_slots,),
         shapes=((2, 37, 3), (1, 1, 1), (0, 2, 1), (3, 16, 1)),
-        large=(64, 1031, 2),
+        large=(16, 1031, 2),
         variants=({"activation": "silu"}, {}),
         constants=None,
         eager=_eager_step,
