@@ -55,11 +55,12 @@ class Op:
     differentiable  names of the arguments that have gradients; the raw op `_<name>_backward(grad outputs, all arguments)` returns
                     those of the arguments that are not None
     device_of       position of the argument whose device chooses the backend
+    first           a backend to choose before the others of its device
     """
 
-    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0):
+    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, first=None):
         self.name, self.backward_name, self.reference = name, f"{name}_backward", reference
-        self.device_of = device_of
+        self.device_of, self.first = device_of, first
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
@@ -124,7 +125,7 @@ class Op:
 
     def _settle(self, device_type):
         why = f"no kernels exist for {device_type} tensors"
-        for name in PREFERENCE.get(device_type, ()):
+        for name in sorted(PREFERENCE.get(device_type, ()), key=lambda name: name != self.first):
             missing = self._missing(name, device_type)
             if missing is None and device_type == "cuda":
                 from genkern.core._verified import untrusted
