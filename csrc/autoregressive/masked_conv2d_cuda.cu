@@ -19,50 +19,62 @@ struct Conv {
   Array x, weight, bias, y;
 };
 
+struct Term {  // of the sum: a channel and a tap
+  bool used;
+  int up, left;           // how far the tap is from the centre
+  int64_t input, weight;  // where the input stands from the pixel's place in channel 0, the weight from its output's first
+};
+
+__device__ __forceinline__ Term term_of(const Conv& job, int64_t k, int64_t seen) {
+  const unsigned c = static_cast<unsigned>(k) / static_cast<unsigned>(job.live);
+  const int tap = static_cast<int>(k - c * job.live), size = static_cast<int>(2 * job.columns + 1);
+  const int up = static_cast<int>(job.rows) - tap / size, left = static_cast<int>(job.columns) - tap % size;
+  const int64_t color = job.grouped ? c * job.colors / job.inputs : c % job.colors;
+  return {c < job.inputs && (tap < job.taps || color < seen), up, left, c * job.height * job.width - up * job.width - left,
+          c * (2 * job.rows + 1) * size + tap};
+}
+
 template <class S, int kMine>  // outputs of a thread
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Conv job) {
   constexpr int kOutputs = kSide * kMine, kColumns = kPixels / kSide;
+  __shared__ Term terms[kDepth];
   __shared__ S values[kDepth][kPixels], weights[kDepth][kOutputs + 1];
   const int64_t color = blockIdx.y / job.blocks, of_color = job.outputs / job.colors, plane = job.height * job.width;
-  const int64_t first = blockIdx.y % job.blocks * kOutputs, seen = color + job.own, depth = job.inputs * job.live;
-  const auto output_of = [&](int64_t i) { return job.grouped ? color * of_color + i : i * job.colors + color; };
-  const auto is_live = [&](int64_t k, int64_t c) {
-    return k < depth && (k % job.live < job.taps || (job.grouped ? c * job.colors / job.inputs : c % job.colors) < seen);
+  const int thread = static_cast<int>(threadIdx.x), mine = thread % kSide, other = thread / kSide;
+  const int64_t first = blockIdx.y % job.blocks * kOutputs + other;  // the outputs of this thread: first + i kSide
+  const auto output_of = [&](int i) {
+    return job.grouped ? color * of_color + first + i * kSide : (first + i * kSide) * job.colors + color;
   };
-  const int64_t thread = threadIdx.x, size = 2 * job.columns + 1, all = (2 * job.rows + 1) * size;
-  // The pixel whose inputs this thread fetches.
-  const int64_t p = blockIdx.x * int64_t{kPixels} + thread % kPixels, n = p / plane, row = p % plane / job.width;
-  const int64_t column = p % job.width;
-  const int mine = static_cast<int>(thread % kSide), my_output = static_cast<int>(thread / kSide);
+  const int64_t begin = blockIdx.x * int64_t{kPixels}, p = begin + thread % kPixels;  // the pixel whose inputs this thread fetches
+  const int64_t n = p / plane, at = p % plane, row = at / job.width, column = at % job.width;
+  const int64_t weights_of_output = job.inputs * (2 * job.rows + 1) * (2 * job.columns + 1);
   S sum[kMine][kColumns] = {};
-  for (int64_t begin = 0; begin < depth; begin += kDepth) {
-    for (int d = static_cast<int>(thread / kPixels); d < kDepth; d += kThreads / kPixels) {
-      const int64_t k = begin + d, c = k / job.live, tap = k % job.live;
-      const int64_t y = row + tap / size - job.rows, x = column + tap % size - job.columns;
-      const bool inside = p < job.pixels && is_live(k, c) && y >= 0 && x >= 0 && x < job.width;
-      values[d][thread % kPixels] = inside ? read_one(job.x, ((n * job.inputs + c) * job.height + y) * job.width + x, S{}) : S{};
+  for (int64_t k = 0; k < job.inputs * job.live; k += kDepth) {
+    if (thread < kDepth) terms[thread] = term_of(job, k + thread, color + job.own);
+    __syncthreads();
+    for (int d = thread / kPixels; d < kDepth; d += kThreads / kPixels) {
+      const Term term = terms[d];
+      const int64_t x = column - term.left;
+      const bool inside = p < job.pixels && term.used && row >= term.up && x >= 0 && x < job.width;
+      values[d][thread % kPixels] = inside ? read_one(job.x, n * job.inputs * plane + at + term.input, S{}) : S{};
     }
-    for (int i = static_cast<int>(thread); i < kDepth * kOutputs; i += kThreads) {
-      const int64_t k = begin + i % kDepth, c = k / job.live, o = first + i / kDepth;
-      const bool inside = o < of_color && is_live(k, c);
-      const int64_t at = (output_of(o) * job.inputs + c) * all + k % job.live;
-      weights[i % kDepth][i / kDepth] = inside ? read_one(job.weight, at, S{}) : S{};
+    const Term term = terms[mine];
+    for (int i = 0; i < kMine; i++) {
+      const bool inside = term.used && first + i * kSide < of_color;
+      weights[mine][other + i * kSide] = inside ? read_one(job.weight, output_of(i) * weights_of_output + term.weight, S{}) : S{};
     }
     __syncthreads();
     for (int d = 0; d < kDepth; d++)
       for (int i = 0; i < kMine; i++) {
-        const S w = weights[d][my_output + i * kSide];
+        const S w = weights[d][other + i * kSide];
         for (int j = 0; j < kColumns; j++) sum[i][j] = fma(w, values[d][mine + j * kSide], sum[i][j]);
       }
-    __syncthreads();
   }
-  for (int i = 0; i < kMine; i++) {
-    const int64_t o = first + my_output + i * kSide;
-    if (o >= of_color) break;
-    const S bias = job.bias.data ? read_one(job.bias, output_of(o), S{}) : S{};
+  for (int i = 0; i < kMine && first + i * kSide < of_color; i++) {
+    const S bias = job.bias.data ? read_one(job.bias, output_of(i), S{}) : S{};
     for (int j = 0; j < kColumns; j++) {
-      const int64_t q = blockIdx.x * int64_t{kPixels} + mine + j * kSide;
-      if (q < job.pixels) write_one(job.y, (q / plane * job.outputs + output_of(o)) * plane + q % plane, sum[i][j] + bias);
+      const int64_t q = begin + mine + j * kSide;
+      if (q < job.pixels) write_one(job.y, (q / plane * job.outputs + output_of(i)) * plane + q % plane, sum[i][j] + bias);
     }
   }
 }
