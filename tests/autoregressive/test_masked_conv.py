@@ -98,6 +98,18 @@ def test_gpu_kernels_never_read_the_future(mask_type, layout, backend):
     assert not got[:, :, 1, 3].isnan().any() and not got[:, :, 2].isnan().any()
 
 
+def test_autocast_is_followed_away_from_the_cpu(monkeypatch):
+    """As by torch.nn.Conv2d. Tensors of the meta device stand for those of a GPU."""
+    x, weight = (torch.empty(shape, device="meta") for shape in ((1, 3, 4, 4), (6, 3, 3, 3)))
+    layer = lambda x: ops.masked_conv2d(x, weight, mask_type="A", colors=3)
+    assert layer(x).dtype == torch.float32
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert layer(x.double()).dtype == torch.float64
+
+
 @each_mask
 def test_the_future_does_not_reach_the_past(mask_type, colors, layout):
     torch.manual_seed(0)

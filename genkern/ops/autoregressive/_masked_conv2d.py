@@ -31,9 +31,9 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
     float32, float64, bfloat16, float16; mixed types are promoted. On the CPU one direct convolution over the live taps, in float32
     (float64); an output's bits do not depend on the batch, the size of the image or the number of threads. On a GPU autocast's type is
     taken where it is on, and one matrix product over the live taps: float32 in full precision, never TF32; bfloat16 and float16
-    summed in float32, on tensor cores with Triton, without them in C++. Its gradients to x and bias are deterministic too, that to
-    weight where torch's convolutions are. Where no kernel serves, two or three of torch's convolutions, each rounded to the result's
-    type. TypeError, ValueError on anything else. Differentiable to any order.
+    summed in float32, on tensor cores by Triton's kernel, without them by that in C++. The gradient to weight there is torch's, with
+    the precision and determinism of its convolutions. Where no kernel serves, two or three of torch's convolutions, each rounded to
+    the result's type. TypeError, ValueError on anything else. Differentiable to any order.
     """
     op = "masked_conv2d"
     check_float(op, "x", x, 4)
@@ -119,9 +119,9 @@ def _pixel(x, weight, own, colors, grouped):
 
 def _backward(forward, grad, x, weight, bias, own, colors, grouped):
     """On a GPU. To x: the masked convolution of the gradient turned around, in space and in the order of its channels, for then the
-    pixels and colours after one come before it; by the kernel, since torch's would multiply masked weights by zero, or be three.
-    To weight: torch's own convolutions, two, over the live rows and over the current row up to its pixel. They are at the machine's
-    limit, and a kernel for these sums over all pixels would have to cut them into parts to fill a GPU."""
+    pixels and colours after one come before it. By the kernel: torch's convolution would multiply masked weights by zero.
+    To weight: two of torch's, over the rows above and over the current row up to its pixel, since only what is summed over pixels is
+    masked here, and that may be thrown away: a kernel of ours would skip no more, and to fill a GPU it had to cut the sums."""
     d_x = forward(grad.flip(1, 2, 3), weight.transpose(0, 1).flip(0, 1), None, own, colors, grouped).flip(1, 2, 3)
     d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     rows, columns = (k // 2 for k in weight.shape[2:])
