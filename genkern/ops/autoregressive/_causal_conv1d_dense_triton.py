@@ -24,20 +24,25 @@ def dense_kernel(
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, GATED: tl.constexpr, DTYPE: tl.constexpr, FACTOR: tl.constexpr,
     OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """CHANNELS and outputs of a group; a gated output is made of rows o and o + outputs of the weight. FACTOR: type of the factors."""
+    """CHANNELS and outputs are of a group; x and state have one type, FACTOR is that of the factors. A gated output is made of rows o
+    and o + outputs of the weight."""
     blocks = tl.cdiv(outputs, OUTPUTS)  # of a group; neighbouring programs share their columns
     program = tl.program_id(0).to(tl.int64)
     group = program // blocks % groups
     row = program % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     there = row < outputs
     output = group * outputs + row
-    column = program // (blocks * groups) * COLUMNS + tl.arange(0, COLUMNS)
-    n, t = column // time, column % time
-    live = column < columns
+    begin = program // (blocks * groups) * COLUMNS
+    t = (begin % time).to(tl.int32) + tl.arange(0, COLUMNS)  # from the beginning of the first column's sample
+    n, t = begin // time + t // time, t % time
+    live = begin + tl.arange(0, COLUMNS) < columns
 
     depth: tl.constexpr = CHANNELS * TAPS
     past = (TAPS - 1) * dilation
-    first = (n * groups + group) * CHANNELS
+    first = (n * groups + group) * CHANNELS  # row of x and of state
+    x_at, state_at = x + (first * time + t), state
+    if state is not None:
+        state_at = state + (first * past + past + t)
     a = tl.zeros((OUTPUTS, COLUMNS), DTYPE)
     b = a
     if bias is not None:
@@ -46,13 +51,14 @@ def dense_kernel(
             b += tl.load(bias + output + outputs, mask=there, other=0.0).to(DTYPE)[:, None]
     for start in range(0, depth, DEPTH):
         d = start + tl.arange(0, DEPTH)
-        row_of_x = first[None, :] + (d // TAPS)[:, None]
-        source = t[None, :] - ((TAPS - 1 - d % TAPS) * dilation)[:, None]
-        seen = (d < depth)[:, None] & live[None, :]
-        value = tl.load(x + row_of_x * time + source, mask=seen & (source >= 0), other=0.0).to(FACTOR)
-        if state is not None:
-            before = tl.load(state + row_of_x * past + (past + source), mask=seen & (source < 0), other=0.0).to(FACTOR)
-            value = tl.where(source < 0, before, value)
+        c, back = (d // TAPS).to(tl.int64), (TAPS - 1 - d % TAPS) * dilation
+        seen, now = (d < depth)[:, None] & live[None, :], t[None, :] >= back[:, None]
+        at = x_at[None, :] + (c * time - back)[:, None]
+        if state is None:
+            seen = seen & now
+        else:
+            at = tl.where(now, at, state_at[None, :] + (c * past - back)[:, None])
+        value = tl.load(at, mask=seen, other=0.0).to(FACTOR)
         given = there[:, None] & (d < depth)[None, :]
         w = tl.load(weight + output[:, None] * depth + d[None, :], mask=given, other=0.0).to(FACTOR)
         a = tl.dot(w, value, a, input_precision="ieee", out_dtype=DTYPE)
@@ -78,7 +84,10 @@ def _convolve(x, state, weight, bias, condition, dilation, groups, gated):
         return y
     dtype = lanes.working_type(*tensors)[1]
     factor = _NARROW.get(promoted(x, state, weight), dtype)  # products of narrow numbers are exact in float32
-    x, state = x.contiguous(), None if state is None or state.numel() == 0 else state.contiguous()
+    if state is not None:
+        one_type = promoted(x, state)
+        x, state = x.to(one_type), state.to(one_type).contiguous() if state.numel() else None
+    x = x.contiguous()
     rows, columns = outputs // (2 if gated else groups), x.shape[0] * x.shape[2]
     tile = {"OUTPUTS": max(16, min(32 if gated else 64, triton.next_power_of_2(rows))), "DEPTH": 32, "COLUMNS": 64}
     programs = triton.cdiv(rows, tile["OUTPUTS"]) * groups * triton.cdiv(columns, tile["COLUMNS"])
@@ -87,7 +96,7 @@ def _convolve(x, state, weight, bias, condition, dilation, groups, gated):
             x, state, weight, bias, condition, y, *((0, 0, 0) if condition is None else condition.stride()),
             rows, groups, dilation, x.shape[2], columns,
             CHANNELS=channels, TAPS=taps, GATED=gated, DTYPE=dtype, FACTOR=tl.float32 if INTERPRET and dtype != tl.float64 else factor,
-            **tile, num_warps=4, enable_fp_fusion=False,
+            **tile, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
