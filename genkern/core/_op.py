@@ -153,6 +153,10 @@ class Op:
             return name, None
         return self._default.get(device_type) or self.default(device_type)
 
+    def backend_of(self, tensor):
+        """The backend that a call with this choosing argument takes now."""
+        return self._choose(tensor)[0]
+
     def default(self, device_type):
         """(backend that serves this device type unless one is forced, None or why it is the reference)."""
         if device_type not in self._default:
