@@ -1,5 +1,5 @@
-// Negative log-likelihoods of the decoders: bernoulli_nll, gaussian_nll, discretized_logistic_nll. Summed over each sample in one pass;
-// the backward pass recomputes from the inputs. Formulas: genkern/ops/vae/_likelihood.py.
+// Negative log-likelihoods of the decoders: bernoulli_nll, gaussian_nll, discretized_logistic_nll. Summed over each sample in one
+// pass; the backward pass recomputes from the inputs. Formulas: genkern/ops/vae/_likelihood.py.
 #include "rows.h"
 
 namespace gk {
@@ -157,7 +157,8 @@ std::vector<Tensor> discretized_logistic_nll_backward(Tensor grad, Tensor mu, Te
   const Rows m(mu), s(log_scale), data(x);
   Tensor d_mu = new_tensor(mu, mu.sizes()), d_log_scale = torch::stable::new_empty(log_scale, log_scale.sizes());
   const DiscretizedLogisticBackward f{{}, 1.0 / static_cast<double>(levels - 1)};
-  run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array(), Rows(d_log_scale).array()}, {}, mu);
+  run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array(), Rows(d_log_scale).array()}, {},
+           mu);
   return {d_mu, d_log_scale};
 }
 
