@@ -21,7 +21,7 @@ class Row:
     level: tuple  # alpha and sigma of x
     sample: dict  # the next sample
     history: dict = field(default_factory=lambda: {"y": 1.0})  # the next history term
-    log_variance: tuple = (0.0, 0.0)  # the least and the largest, of a learned variance
+    log_variance: tuple = (0.0, 0.0)  # of a learned variance, where the second half of the channels is -1 and 1
 
 
 _TERMS = ("x", "m", "y", "n", "h1", "h2", "h3")
