@@ -51,7 +51,10 @@ class Sampler:
     threshold   None, or the quantile of |x_0| to which each sample is clipped and by which it is divided, where that exceeds 1
                 (dynamic thresholding; Saharia et al., 2022, section 2.3), at most threshold_max. Replaces clip
 
-    The tables are float64 on the host; a step computes in float32 (float64 samples: float64).
+    The tables are float64 on the host; a step computes in float32 (float64 samples: float64). sample() keeps what it makes of them
+    on the device for the next call with as many samples, the same guidance and type: from then on it neither waits nor uploads
+    (given a key on the device), so that a whole run can be captured in a CUDA graph, for as long as the sampler is used for no
+    more than eight of these.
     """
 
     history = 0  # history terms of a step

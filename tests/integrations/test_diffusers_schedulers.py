@@ -188,7 +188,7 @@ def test_clipping_and_thresholding():
 @pytest.mark.parametrize("name", ["DDPM", "DPMSolverMultistep"])
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
 def test_learned_variance(name, variance):
-    """"learned" is the variance itself to diffusers; DPM-Solver++ leaves the second half aside."""
+    """To diffusers "learned" is the variance itself, not its logarithm; DPM-Solver++ leaves the second half aside."""
     original, scheduler = (make(name, dict(variance_type=variance)) for _ in range(2))
     fuse_scheduler(scheduler)
     results = []

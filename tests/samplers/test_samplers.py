@@ -391,18 +391,16 @@ def test_low_precision_models_and_no_gradients():
 
 @pytest.mark.parametrize("make", [DDIM, DDPM, Euler, DPMSolverMultistep, UniPC, functools.partial(DDIM, cfg_plus_plus=True)])
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
-def test_buffers_are_the_samplers_own(make, guided):
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_buffers_are_the_samplers_own(make, guided, steps):
     """A model may return its very input, which steps overwrite; start is not changed; samples hold no more memory than they need."""
-    start, options = torch.randn(2, 5), {"guidance_scale": 2.0} if guided else {}
-    for steps in (1, 2, 6):
-        sampler, given = make(PRESERVING, steps), start.clone()
-        run = lambda model, **more: sampler.sample(model, start=given, key=random.key(0), **options, **more)
-        expected = run(lambda x, t: x.clone())
-        seen = []
-        got = run(lambda x, t: x, callback=lambda i, t, x: seen.append(x.clone()))
-        assert torch.equal(got, expected) and torch.equal(seen[-1], got) and len(seen) == len(sampler.grid)
-        assert torch.equal(start, given) and got.untyped_storage().nbytes() == got.nbytes
-    assert got.data_ptr() != start.data_ptr()
+    start, seen, sampler = torch.randn(2, 5), [], make(PRESERVING, steps)
+    options = dict(key=random.key(0), start=start.clone(), **({"guidance_scale": 2.0} if guided else {}))
+    expected = sampler.sample(lambda x, t: x.clone(), **options)
+    got = sampler.sample(lambda x, t: x, callback=lambda i, t, x: seen.append(x.clone()), **options)
+    assert torch.equal(got, expected) and torch.equal(seen[-1], got) and len(seen) == steps
+    assert torch.equal(options["start"], start) and got.untyped_storage().nbytes() == got.nbytes
+    assert got.data_ptr() != options["start"].data_ptr()
 
 
 def test_history_begins_at_zero():
