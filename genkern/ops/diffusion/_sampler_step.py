@@ -72,8 +72,8 @@ def sampler_step(
                     then m (rescale std(c) / std(m) + 1 - rescale) (Lin et al., 2023, eq. 15, 16), per sample. g_u must be 1 - g_c
     learned_variance    model_output has twice the channels, the second half v: where x_0 or noise is told, the standard deviation
                     exp((v' log max + (1 - v') log min) / 2), v' = (v + 1) / 2, multiplies the noise (Nichol & Dhariwal, 2021, eq. 15);
-                    the table ends in two more columns, log min and log max; with -1 and 1 v is the logarithm itself. Under guidance v is
-                    that of c
+                    the table ends in two more columns, log min and log max; with -1 and 1 v is the logarithm itself. Under guidance
+                    v is that of c
     next_input      also return the next model input, of the shape and type of model_output
     out, history_out, input_out     where to write x', h' and input' instead of new tensors; contiguous rows. They may be x and the
                     last history term themselves, so that a step allocates nothing. input_out may have the shape of x under guidance
