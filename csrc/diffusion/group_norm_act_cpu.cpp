@@ -10,7 +10,7 @@ namespace {
 template <class S>
 using VectorOf = typename Vector<S>::type;
 template <class S>
-constexpr int64_t kGroupTile = 64 * Lane<VectorOf<S>>::kCount;
+constexpr int64_t kGroupTile = 256 * Lane<VectorOf<S>>::kCount;  // four chains of additions, so a lane adds 64 terms
 constexpr int64_t kKept =
     1 << 16;  // where the gradient of x is narrow, dz of a group of so many elements is kept, of larger ones made again
 
@@ -24,6 +24,11 @@ GK_FN void store_part(Scalar<V>* p, V x, int count) {
     store(p, x);
   else
     store_first(p, x, count);
+}
+template <class V>
+GK_FN V load_ahead(const Scalar<V>* p) {
+  __builtin_prefetch(p + kAhead);
+  return load<V>(p);
 }
 template <class V, class F>
 GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a constant but for the last call
@@ -136,14 +141,14 @@ struct Statistics {
     double seen = 0, centred = 0;
     group.each_tile([&](int64_t at, int64_t n) {
       const S* v = group.values(at, n, buffer);
-      V sum[4] = {}, rest[2] = {}, square[2] = {};
+      V sum[4] = {}, rest[4] = {}, square[4] = {};
       int64_t i = 0;
       for (; i + 4 * kCount <= n; i += 4 * kCount)
-        for (int j = 0; j < 4; j++) sum[j] = sum[j] + load<V>(v + i + j * kCount);
+        for (int j = 0; j < 4; j++) sum[j] = sum[j] + load_ahead<V>(v + i + j * kCount);
       each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE { sum[0] = sum[0] + load_part<V>(v + i + at, k); });
       const V guess = splat<V>(sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(n));
-      for (i = 0; i + 2 * kCount <= n; i += 2 * kCount)
-        for (int j = 0; j < 2; j++) {
+      for (i = 0; i + 4 * kCount <= n; i += 4 * kCount)
+        for (int j = 0; j < 4; j++) {
           const V d = load<V>(v + i + j * kCount) - guess;
           rest[j] = rest[j] + d;
           square[j] = fma(d, d, square[j]);
@@ -153,9 +158,10 @@ struct Statistics {
         rest[0] = rest[0] + d;
         square[0] = fma(d, d, square[0]);
       });
-      const double count = static_cast<double>(n), left = sum_of(rest[0] + rest[1]), total = seen + count;
+      const double count = static_cast<double>(n), left = sum_of((rest[0] + rest[1]) + (rest[2] + rest[3])), total = seen + count;
       const double origin = sum_lanes(keep_first(guess, 1));
-      const double tile_mean = origin + left / count, tile_centred = sum_of(square[0] + square[1]) - left * left / count;
+      const double tile_mean = origin + left / count, squares = sum_of((square[0] + square[1]) + (square[2] + square[3]));
+      const double tile_centred = squares - left * left / count;
       const double delta = tile_mean - mean;  // two (count, mean, sum of squares) become one (Chan et al., 1979)
       mean += delta * count / total;
       centred += tile_centred + delta * delta * seen * count / total;
@@ -202,6 +208,7 @@ void forward(const GroupNorm& job) {
           const Affine<S> affine(group, s, channel);
           const V a = splat<V>(affine.a), b = splat<V>(affine.b), centre = splat<V>(s.centre());
           each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+            __builtin_prefetch(out + start + i + kAhead, 1);
             V z = fma(a, load_part<V>(u + start + i, k) - centre, b);
             if constexpr (kSilu) z = silu(z);
             store_part(out + start + i, z, k);

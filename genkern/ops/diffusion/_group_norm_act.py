@@ -41,6 +41,13 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if an input is), returned in the type of x.
     TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
     """
+    if activation in (None, "silu") and _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
+        arguments = x, None, weight, bias, pre_bias, scale, shift, groups, float(eps), activation == "silu"
+        if out is None:
+            return _op(*arguments)
+        _out_op(*arguments, out)
+        torch.autograd.graph.increment_version([out])
+        return out
     op = "group_norm_act"
     inputs = list(x) if isinstance(x, (list, tuple)) else [x]
     if len(inputs) not in (1, 2):
@@ -83,6 +90,38 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     _out_op(*(None if t is None else t.detach() for t in tensors), groups, float(eps), activation == "silu", out)
     torch.autograd.graph.increment_version([out])
     return out
+
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
+    """Whether at a glance everything is as it must be: in a small call the checks take more time than the kernel.
+
+    What this turns down goes through the checks that say what is wrong, and may well be accepted there.
+    """
+    if not (type(x) is torch.Tensor and type(groups) is int and x.dtype in _NARROW):
+        return False
+    shape, device = x.shape, x.device
+    if not (len(shape) >= 2 and groups > 0 and shape[1] % groups == 0):
+        return False
+    for t, dims in ((weight, shape[1:2]), (bias, shape[1:2]), (pre_bias, shape[:2]), (scale, shape[:2]), (shift, shape[:2])):
+        if t is not None and not (isinstance(t, torch.Tensor) and t.shape == dims and t.dtype in _NARROW and t.device == device):
+            return False
+    if out is None:
+        return True
+    if torch.compiler.is_compiling() or not (type(out) is torch.Tensor and out.shape == shape and out.dtype in _NARROW):
+        return False
+    if out.device != device or out.requires_grad or not out.is_contiguous():
+        return False
+    begin = out.data_ptr()
+    end = begin + out.nbytes
+    for t in (x, weight, bias, pre_bias, scale, shift):
+        if t is not None and t is not out:
+            at = t.data_ptr()
+            if t.requires_grad or not t.is_contiguous() or (at < end and begin < at + t.nbytes):
+                return False
+    return True
 
 
 def _reference(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
