@@ -32,8 +32,8 @@ def fuse(pipe, *, keyed_noise=False):
     """Fuse a pipeline in place, and return it: its scheduler, and group norm with SiLU in its UNets and autoencoders.
 
     The same generator gives the same images up to rounding. Objects, classes' names, weights, configurations, saving and training
-    stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms read and write contiguous
-    images: with channels_last they would copy. A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
+    stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms keep channels_last images so.
+    A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
     Also takes a single model. keyed_noise: see fuse_scheduler.
     """
     models = _models(pipe)
