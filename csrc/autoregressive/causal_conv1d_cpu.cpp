@@ -21,16 +21,18 @@ struct Job {
   int64_t history() const { return (taps - 1) * dilation; }
 };
 
-// a sigmoid(a) and its derivative, in few instructions, since they take about as long as the memory does. Below -87 they are those of
-// -87, next to nothing; from there to 87 e^-a needs no scaling.
+// a sigmoid(a) and its derivative, in few instructions, since they take about as long as the memory does. Below -87 they are those
+// of -87, next to nothing; from there to 87 e^-a needs no scaling.
 GK_FN double bounded(double a) { return a; }
 GK_FN lane_f32 bounded(lane_f32 a) { return at_least(a, -87); }
 GK_FN double logistic(double a) { return 1 / (1 + exp(-a)); }
-GK_FN lane_f32 logistic(lane_f32 a) {  // sigmoid of a bounded number
+GK_FN lane_f32 logistic(lane_f32 a) {                  // sigmoid of a bounded number
   const lane_f32 magic = splat<lane_f32>(12582912.0);  // the last bits of n + magic are n
   a = at_most(a, 87);
   const lane_f32 shifted = fma(a, splat<lane_f32>(-1.44269504), magic), n = shifted - magic;
-  const lane_f32 r = fma(n, splat<lane_f32>(-0.693147180559945), -a);
+  const lane_f32 r = kLanes > 4
+                         ? fma(n, splat<lane_f32>(-0.693147180559945), -a)  // of one rounding; where fma has two, in two parts
+                         : fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), -a));
   const lane_f32 p = horner_fma(r, 1.0, 1.0, 0.5, 0.16666666, 0.041666463, 0.008333571, 0.0013935097);
   const lane_f32 e = (lane_f32)((lane_i32)p + ((lane_i32)shifted << 23));  // p 2^n
   return divide(splat<lane_f32>(1), e + 1.0f);

@@ -391,8 +391,8 @@ def _with_gate(x, weight, bias=None, condition=None, initial_state=None):
 _with_gate.__name__ = "causal_conv1d_gated"
 
 
-def _on_a_copy(x, state, weight, bias=None, state_indices=None, **options):
-    state = state.clone()
+def _on_a_copy(x, state, weight, bias=None, state_indices=None, in_place=False, **options):
+    state = state if in_place else state.clone()
     return causal_conv1d_update(x, state, weight, bias, state_indices=state_indices, **options), state
 
 
@@ -488,8 +488,7 @@ def _slots(make, shape):
     return arguments | {"state": make((n + 2, c, 5)), "state_indices": order}
 
 
-def _eager_step(x, state, weight, bias):
-    state = state.clone()
+def _eager_step(x, state, weight, bias, in_place):
     window = torch.cat([state, x], 2)
     state.copy_(window[..., -state.shape[2] :])
     return F.silu(F.conv1d(window, weight, bias, groups=x.shape[1])), state
@@ -561,5 +560,6 @@ CASES = (
         bytes=lambda shape, size: 2 * size * (math.prod(shape) + 3 * shape[0] * shape[1]),
         bench_shapes=((64, 2048, 1), (1, 2048, 1)),
         bench_variant={"activation": "silu"},
+        bench_arguments=lambda arguments: {"in_place": True},
     ),
 )
