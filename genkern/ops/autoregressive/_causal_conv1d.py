@@ -174,6 +174,8 @@ def _check(op, x, weight, bias, dilation, activation, activations=(None, "silu")
 
 def _check_out(out, x, weight, bias, state, seq_idx, condition, gated):
     op, tensors = "causal_conv1d", (x, weight, bias, state, condition)
+    if condition is not None:
+        check_float(op, "condition", condition)
     check_tensor(op, "out", out, promoted(*tensors))
     check_shape(op, "out", out, (x.shape[0], weight.shape[0] // (2 if gated else 1), x.shape[2]), "(N, C_out, L)")
     check_device(op, "out", out, "x", x)
