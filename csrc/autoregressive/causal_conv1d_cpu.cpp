@@ -21,13 +21,31 @@ struct Job {
   int64_t history() const { return (taps - 1) * dilation; }
 };
 
+// a sigmoid(a) and its derivative, in few instructions, since they take about as long as the memory does. Below -87 they are those
+// of -87, next to nothing; from there to 87 e^-a needs no scaling.
+GK_FN double bounded(double a) { return a; }
+GK_FN lane_f32 bounded(lane_f32 a) { return at_least(a, -87); }
+GK_FN double logistic(double a) { return 1 / (1 + exp(-a)); }
+GK_FN lane_f32 logistic(lane_f32 a) {                  // sigmoid of a bounded number
+  const lane_f32 magic = splat<lane_f32>(12582912.0);  // the last bits of n + magic are n
+  a = at_most(a, 87);
+  const lane_f32 shifted = fma(a, splat<lane_f32>(-1.44269504), magic), n = shifted - magic;
+  const lane_f32 r = kLanes > 4
+                         ? fma(n, splat<lane_f32>(-0.693147180559945), -a)  // of one rounding; where fma has two, in two parts
+                         : fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), -a));
+  const lane_f32 p = horner_fma(r, 1.0, 1.0, 0.5, 0.16666666, 0.041666463, 0.008333571, 0.0013935097);
+  const lane_f32 e = (lane_f32)((lane_i32)p + ((lane_i32)shifted << 23));  // p 2^n
+  return divide(splat<lane_f32>(1), e + 1.0f);
+}
 template <class V>
 GK_FN V silu(V a) {
-  return a / (exp(-a) + 1.0f);
+  a = bounded(a);
+  return a * logistic(a);
 }
 template <class V>
 GK_FN V silu_gradient(V a) {
-  const V s = sigmoid(a);
+  a = bounded(a);
+  const V s = logistic(a);
   return s * fma(a, 1.0f - s, splat<V>(1));
 }
 
@@ -84,7 +102,10 @@ void rotate_forward(const float* x, const float* weight, float bias, const float
     return kSilu ? silu(a) : a;
   };
   int64_t t = 0;
-  for (; t + kLanes <= time; t += kLanes) store(y + t, out(load<lane_f32>(x + t)));
+  for (; t + kLanes <= time; t += kLanes) {
+    __builtin_prefetch(x + t + kAhead), __builtin_prefetch(y + t + kAhead, 1);
+    store(y + t, out(load<lane_f32>(x + t)));
+  }
   const int rest = static_cast<int>(time - t);
   if (rest) store_first(y + t, out(load_first(x + t, rest, lane_f32{})), rest);
 }
@@ -113,6 +134,7 @@ void rotate_backward(const float* x, const float* grad, const float* weight, flo
   };
   int64_t t = 0;
   for (; t + kLanes <= time; t += kLanes) {
+    __builtin_prefetch(x + t + kAhead), __builtin_prefetch(grad + t + kAhead), __builtin_prefetch(d_x + t + kAhead, 1);
     step(t, load<lane_f32>(x + t), load<lane_f32>(grad + t), kLanes);
     if ((t / kLanes + 1) % kFlush == 0) flush();
   }
@@ -360,17 +382,21 @@ Job job_of(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const
   return job;
 }
 
-Tensor causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation,
-                     bool silu) {
-  const ScalarType type = conv_type(x, weight, bias, state);
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type);
-  if (y.numel() == 0) return y;
+void causal_conv1d_out(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation,
+                       bool silu, Tensor y) {  // the elements of a row of y lie side by side
+  if (y.numel() == 0) return;
   Job job = job_of(x, weight, bias, state, seq_idx, dilation, silu);
   job.y = Sequences(y);
-  if (type == ScalarType::Double)
+  if (y.scalar_type() == ScalarType::Double)
     forward<double>(job);
   else
     forward<float>(job);
+}
+
+Tensor causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation,
+                     bool silu) {
+  Tensor y = torch::stable::new_empty(x, x.sizes(), conv_type(x, weight, bias, state));
+  causal_conv1d_out(x, weight, bias, state, seq_idx, dilation, silu, y);
   return y;
 }
 
@@ -557,6 +583,7 @@ Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, MaybeTensor b
 
 GENKERN_LIBRARY(m) {
   m.impl("_causal_conv1d", TORCH_BOX(&causal_conv1d));
+  m.impl("_causal_conv1d_out", TORCH_BOX(&causal_conv1d_out));
   m.impl("_causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
   m.impl("_causal_conv1d_update", TORCH_BOX(&causal_conv1d_update));
 }

@@ -136,6 +136,24 @@ GK_FN lane_f32 sqrt(lane_f32 x) {
 }
 #endif
 
+// The greater, the smaller of x and a bound, in one instruction; keep NaN.
+#ifndef __CUDACC__
+GK_FN lane_f32 at_least(lane_f32 x, float low) {
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);  // the second operand where one is NaN
+#else
+  return x < low ? splat<lane_f32>(low) : x;
+#endif
+}
+GK_FN lane_f32 at_most(lane_f32 x, float high) {
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+#else
+  return x > high ? splat<lane_f32>(high) : x;
+#endif
+}
+#endif
+
 // a / b for finite b, rounded almost always as the division would be; the machine's division of 16 lanes takes as long as ten
 // products.
 GK_FN float divide(float a, float b) { return a / b; }

@@ -155,6 +155,7 @@ def case_rows(case, backend, shapes, dtype, compiled, device="cpu"):
         arguments.pop("key", None)  # a fair race: both sides draw fresh noise in every call
         leaves = case.differentiable(arguments)
         check(case, backend, shape, dtype, variant=case.bench_variant, device=device)
+        arguments |= case.bench_arguments(arguments)
         for mode in ("forward", "forward+backward") if leaves else ("forward",):
             wanted = leaves if mode != "forward" else ()
             genkern.reset_stats()

@@ -78,6 +78,42 @@ def test_the_future_does_not_reach_the_past(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out_has_the_bits_of_a_fresh_result(backend, dtype):
+    """Also in place of x, in rows that lie apart, and where elements of a row do."""
+    x, weight, bias = (t.to(dtype) for t in _inputs(2, 5, 37))
+    options = {"groups": 5, "activation": "silu", "return_final_state": True}
+    with genkern.backend(backend):
+        y, final = ops.causal_conv1d(x, weight, bias, **options)
+        memory, clone = torch.full((2, 40, 9), torch.nan, dtype=dtype), x.clone()
+        apart, across = torch.full((2, 9, 40), torch.nan, dtype=dtype)[:, 2:7, 3:], memory[:, 3:, 2:7].mT
+        for given, out in ((x, torch.empty_like(x)), (x, apart), (x, across), (clone, clone)):
+            version = out._version
+            got, state = ops.causal_conv1d(given, weight, bias, out=out, **options)
+            assert got is out and out._version > version
+            assert torch.equal(out, y) and torch.equal(state, final)
+
+
+def test_out_of_the_other_forms():
+    """A copy of the result: for several channels a group, and behind the gate."""
+    x, weight, out = torch.randn(2, 4, 9), torch.randn(6, 4, 3), torch.empty(2, 6, 9)
+    assert torch.equal(ops.causal_conv1d(x, weight, out=out), ops.causal_conv1d(x, weight))
+    gated = ops.causal_conv1d(x, weight, activation="gated", out=out[:, :3])
+    assert torch.equal(out[:, :3], ops.causal_conv1d(x, weight, activation="gated")) and gated.data_ptr() == out.data_ptr()
+
+
+def test_extreme_inputs_of_silu():
+    x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([3e38, -3e38, torch.inf, torch.nan])])[None, None]
+    y = ops.causal_conv1d(x, torch.ones(1, 1, 1), activation="silu")
+    torch.testing.assert_close(y, F.silu(x), equal_nan=True, rtol=1e-6, atol=1e-30)
+    leaf = x[..., :-2].clone().requires_grad_()
+    ops.causal_conv1d(leaf, torch.ones(1, 1, 1), activation="silu").sum().backward()
+    torchs = x[..., :-2].double().requires_grad_()
+    F.silu(torchs).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), torchs.grad, rtol=1e-5, atol=1e-7)
+
+
+@each_backend
 @pytest.mark.parametrize("groups", [1, 2])
 def test_grouped_and_dense(groups, backend):
     """torch's convolution behind zeros or a state; packed sequences equal those computed alone."""
@@ -205,12 +241,23 @@ def test_one_step_has_no_time_dimension():
         ({"weight": torch.zeros(3, 4, 3), "groups": 1, "activation": "gated"}, ValueError, "even C_out"),
         ({"initial_state": torch.zeros(2, 4, 3)}, ValueError, "initial_state must have shape"),
         ({"seq_idx": torch.zeros(2, 5)}, TypeError, "seq_idx must be int32"),
+        ({"out": torch.zeros(2, 4, 5).bfloat16()}, TypeError, "out must be float32"),
+        ({"out": torch.zeros(2, 4, 6)}, ValueError, "out must have shape"),
+        ({"out": torch.zeros(1, 4, 5).expand(2, 4, 5)}, ValueError, "out must not be expanded"),
+        ({"out": torch.zeros(2, 4, 5, requires_grad=True)}, ValueError, "out has no gradient"),
+        ({"out": torch.zeros(2, 4, 5), "bias": torch.zeros(4, requires_grad=True)}, ValueError, "out has no gradient"),
     ],
 )
 def test_bad_arguments(change, error, words):
     arguments = {"x": torch.zeros(2, 4, 5), "weight": torch.zeros(4, 1, 3), "groups": 4} | change
     with pytest.raises(error, match=words):
         ops.causal_conv1d(**arguments)
+
+
+def test_out_must_not_overlap_an_input():
+    memory = torch.zeros(2, 4, 6)
+    with pytest.raises(ValueError, match="out must not overlap"):
+        ops.causal_conv1d(memory[..., :5], torch.zeros(4, 1, 3), groups=4, out=memory[..., 1:])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def causal_conv1d(
     return_final_state=False,
     seq_idx=None,
     condition=None,
+    out=None,
 ):
     """y[t] = act(bias + sum_k weight[k] x[t - (K - 1 - k) dilation]): the convolution of WaveNet (van den Oord et al., 2016, section
     2.1) and, with groups = C, the short convolution of state space models (Mamba, Gu & Dao, 2023, section 3.4).
@@ -57,6 +58,8 @@ def causal_conv1d(
     seq_idx         (N, L) int32: several sequences packed one behind the other. Taps do not cross to another index, outputs
                     at negative indices are zero, initial_state belongs to the first sequence and the final state holds the
                     last one alone
+    out             where to write y: (N, C_out, L), of y's type; may be x itself. No gradient. Saves the fresh memory, as costly as
+                    half of the work on large inputs, in the depthwise kernel on the CPU; elsewhere y is copied into it
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64), returned in the promoted type. TypeError,
     ValueError on anything else. Differentiable to any order, also in initial_state. Skipped taps are never read: an infinity or
@@ -88,11 +91,19 @@ def causal_conv1d(
     if activation == "gated" and weight.shape[0] % 2:
         raise ValueError(f'causal_conv1d: activation "gated" needs an even C_out, got {weight.shape[0]}')
     x, weight, bias, initial_state = same_precision((x, weight, bias, initial_state))
+    if out is not None:
+        _check_out(out, x, weight, bias, initial_state, seq_idx, condition, activation == "gated")
+    final = _final_state(x, initial_state, seq_idx, past) if return_final_state else None  # first: out may be x
     if activation == "gated":
         y = _gated(x, weight, bias, initial_state, seq_idx, dilation, groups, condition)
+    elif groups == x.shape[1] == weight.shape[0]:
+        y = _depthwise(x, weight, bias, initial_state, seq_idx, dilation, activation == "silu", out)
     else:
-        y = _convolved(x, weight, bias, initial_state, seq_idx, dilation, groups, activation == "silu")
-    return (y, _final_state(x, initial_state, seq_idx, past)) if return_final_state else y
+        y = _grouped(x, weight, bias, initial_state, seq_idx, dilation, groups)
+        y = F.silu(y) if activation == "silu" else y
+    if out is not None:
+        y = out if y is out else out.copy_(y)
+    return (y, final) if return_final_state else y
 
 
 def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=None, state_indices=None):
@@ -161,6 +172,18 @@ def _check(op, x, weight, bias, dilation, activation, activations=(None, "silu")
     check_choice(op, "activation", activation, activations)
 
 
+def _check_out(out, x, weight, bias, state, seq_idx, condition, gated):
+    op, tensors = "causal_conv1d", (x, weight, bias, state, condition)
+    if condition is not None:
+        check_float(op, "condition", condition)
+    check_tensor(op, "out", out, promoted(*tensors))
+    check_shape(op, "out", out, (x.shape[0], weight.shape[0] // (2 if gated else 1), x.shape[2]), "(N, C_out, L)")
+    check_device(op, "out", out, "x", x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, out)):
+        raise ValueError(f"{op}: out has no gradient, but an input requires one")
+    check_written(op, {"out": out}, (*tensors, seq_idx))
+
+
 def _behind(x, state, past):
     """x behind its state, or behind zeros."""
     if past == 0:
@@ -181,12 +204,14 @@ def _final_state(x, state, seq_idx, past):
     return torch.where((index == seq_idx[:, -1:])[:, None], tail, 0)
 
 
-def _convolved(x, weight, bias, state, seq_idx, dilation, groups, silu):
-    if groups == x.shape[1] == weight.shape[0]:
-        small = [None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias)]
-        return _op(x, *small, state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
-    y = _grouped(x, weight, bias, state, seq_idx, dilation, groups)
-    return F.silu(y) if silu else y
+def _depthwise(x, weight, bias, state, seq_idx, dilation, silu, out=None):
+    small = (None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias))
+    arguments = (x, *small, state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
+    if out is None or _op._choose(x)[0] not in ("cpu", "reference") or (out.stride(2) != 1 and out.shape[2] > 1):
+        return _op(*arguments)
+    _out_op(*arguments, out)
+    torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
@@ -214,7 +239,9 @@ def _gated(x, weight, bias, state, seq_idx, dilation, groups, condition):
     tensors = (x, weight, bias, state, condition)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if wanted or groups > 1 or seq_idx is not None or not _takes_kernels(x, promoted(*tensors)):
-        return gated_activation(_convolved(x, weight, bias, state, seq_idx, dilation, groups, False), condition)
+        depthwise = groups == x.shape[1] == weight.shape[0]
+        options = (x, weight, bias, state, seq_idx, dilation)
+        return gated_activation(_depthwise(*options, False) if depthwise else _grouped(*options, groups), condition)
     if condition is not None:
         check_float("causal_conv1d", "condition", condition)
         check_device("causal_conv1d", "condition", condition, "x", x)
@@ -310,6 +337,18 @@ _op = Op(
 )
 
 
+def _reference_out(*args):
+    args[-1].copy_(_reference(*args[:-1]))
+
+
+_out_op = Op(
+    "causal_conv1d_out",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, int dilation, bool silu, Tensor(a!) out) -> ()",
+    reference=_reference_out,
+    fake=lambda *args: None,
+)
+
+
 def _dense_backward(grad, x, state, weight, bias, packed, dilation, groups):
     """torch's own, on every backend: two products of matrices that oneDNN and cuDNN compute at the machine's limit, on a GPU with
     tensor cores, and unlike those of the forward pass their bits are promised to nobody: they need not be the same in pieces. As for
@@ -360,11 +399,18 @@ _update = Op(
 )
 
 
-def _depthwise(x, weight, bias=None, initial_state=None, seq_idx=None, **options):
+def _per_channel(x, weight, bias=None, initial_state=None, seq_idx=None, **options):
     return causal_conv1d(x, weight, bias, groups=x.shape[1], initial_state=initial_state, seq_idx=seq_idx, **options)
 
 
-_depthwise.__name__ = "causal_conv1d"
+_per_channel.__name__ = "causal_conv1d"
+
+
+def causal_conv1d_out(x, weight, bias=None, initial_state=None, seq_idx=None, out=None, **options):
+    """causal_conv1d into memory that is there, for cases; without `out` of its own."""
+    if out is None:
+        out = torch.full(x.shape, math.nan, dtype=promoted(x, weight, bias, initial_state), device=x.device)
+    return _per_channel(x, weight, bias, initial_state, seq_idx, out=out, **options)
 
 
 def _several_channels(x, weight, bias=None, initial_state=None, dilation=3):
@@ -382,8 +428,8 @@ def _with_gate(x, weight, bias=None, condition=None, initial_state=None):
 _with_gate.__name__ = "causal_conv1d_gated"
 
 
-def _on_a_copy(x, state, weight, bias=None, state_indices=None, **options):
-    state = state.clone()
+def _on_a_copy(x, state, weight, bias=None, state_indices=None, in_place=False, **options):
+    state = state if in_place else state.clone()
     return causal_conv1d_update(x, state, weight, bias, state_indices=state_indices, **options), state
 
 
@@ -449,6 +495,12 @@ def _eager(x, weight, bias):
     return F.silu(F.conv1d(F.pad(x, (taps - 1, 0)), weight, bias, groups=x.shape[1]))
 
 
+def _eager_out(x, weight, bias, out):
+    """Has no way into `out`, but a fresh tensor less by working in place."""
+    taps = weight.shape[2]
+    return F.silu(F.conv1d(F.pad(x, (taps - 1, 0)), weight, bias, groups=x.shape[1]), inplace=True)
+
+
 def _eager_dense(x, weight, bias):
     return F.conv1d(F.pad(x, (4, 0)), weight, bias, dilation=4)
 
@@ -473,8 +525,7 @@ def _slots(make, shape):
     return arguments | {"state": make((n + 2, c, 5)), "state_indices": order}
 
 
-def _eager_step(x, state, weight, bias):
-    state = state.clone()
+def _eager_step(x, state, weight, bias, in_place):
     window = torch.cat([state, x], 2)
     state.copy_(window[..., -state.shape[2] :])
     return F.silu(F.conv1d(window, weight, bias, groups=x.shape[1])), state
@@ -482,7 +533,7 @@ def _eager_step(x, state, weight, bias):
 
 CASES = (
     Case(
-        _depthwise,
+        _per_channel,
         _taps(4),
         forms=(_with_state, _packed, _wide),
         shapes=((2, 3, 37), (1, 1, 1), (0, 2, 4), (2, 3, 0), (1, 5, 64)),
@@ -494,6 +545,21 @@ CASES = (
         bytes_backward=lambda shape, size: 3 * size * math.prod(shape),
         bench_shapes=((2, 1024, 2048), (4, 2048, 512), (1, 256, 64), (2, 1024, 1)),
         bench_variant={"activation": "silu"},
+    ),
+    Case(
+        causal_conv1d_out,
+        _taps(4),
+        forms=(_packed,),
+        shapes=((2, 3, 37), (0, 2, 4)),
+        large=(3, 64, 1031),
+        variants=({"activation": "silu"},),
+        dtypes=(torch.float32, torch.float64, torch.bfloat16),
+        constants=None,
+        eager=_eager_out,
+        bytes=lambda shape, size: 2 * size * math.prod(shape),
+        bench_shapes=((2, 1024, 2048), (4, 2048, 512)),
+        bench_variant={"activation": "silu"},
+        bench_arguments=lambda arguments: {"out": torch.empty_like(arguments["x"])},
     ),
     Case(
         _several_channels,
@@ -531,5 +597,6 @@ CASES = (
         bytes=lambda shape, size: 2 * size * (math.prod(shape) + 3 * shape[0] * shape[1]),
         bench_shapes=((64, 2048, 1), (1, 2048, 1)),
         bench_variant={"activation": "silu"},
+        bench_arguments=lambda arguments: {"in_place": True},
     ),
 )
