@@ -30,14 +30,14 @@ GK_FN Bin<V> bin(V x, V mean, V raw_log_scale, const MixtureRule<Scalar<V>>& rul
   // t and q may both be tiny, where only t / q counts: then both are larger by e^shift, which nothing else feels.
   const V smaller = distance < half ? distance : half, shift = smaller > 24 ? smaller - 24 : zero;
   const V t = exp(shift - distance), q = exp(shift - half), q_less_one = expm1(shift - half, q);
-  const auto below = x<-edge, above = x> edge, outer = below | above;
-  const auto near_only = (below & (m >= 0)) | (above & (m < 0)), far_only = (below & (m < 0)) | (above & (m >= 0));
+  const Mask<V> above = x > edge, below = -x > edge, outer = above | below;
+  const Mask<V> near_only = (below & (m >= 0)) | (above & (m < 0)), far_only = (below & (m < 0)) | (above & (m >= 0));
   // As d goes to zero, so does 1 - q^2: then d leaves the ratio for its logarithm, which is known.
   const V tiny = splat<V>(1e-30), width = -q_less_one * (q_less_one + 2), qt = q * t;
   V top = width < tiny ? tiny : width, near = qt + 1, far = t + q, taken = d < tiny ? tiny : d;
   V sa = qt, sb = q, lost = distance - shift;
-  auto with_log_width = (outer == 0) & (d < 1);
-  auto thin = with_log_width & 0;
+  const Mask<V> with_log_width = (outer == 0) & (d < 1);
+  Mask<V> thin{};
   if (rule.openai) {  // the density times the bin's width where the bin holds next to nothing
     thin = (outer == 0) & (top * t <= splat<V>(1e-5) * (near * far));
     near = thin ? t + 1 : near;
@@ -47,7 +47,7 @@ GK_FN Bin<V> bin(V x, V mean, V raw_log_scale, const MixtureRule<Scalar<V>>& rul
     lost = thin ? distance : lost;
   }
   taken = with_log_width ? taken : one;
-  const auto whole = outer | thin;
+  const Mask<V> whole = outer | thin;
   near = far_only ? one : near;
   far = near_only ? one : far;
   const V product = near * far;
