@@ -11,8 +11,7 @@ from genkern.ops import discretized_mix_logistic_sample as sample
 from genkern.ops import gaussian_mixture_nll, gaussian_mixture_sample
 from genkern.ops.autoregressive._discretized_mix_logistic import _eager
 
-BACKENDS = ["reference"] + ["cpu"] * (core.OPS["discretized_mix_logistic_nll"].available("cpu")["cpu"] is None)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", ["reference", *backends(op="discretized_mix_logistic_nll")])
 
 
 def data(n=2, k=5, size=6, scale=0.7, dtype=torch.float32):
