@@ -112,8 +112,13 @@ def expm1_tail(x):
 
 @triton.jit
 def expm1(x):
+    return expm1_of(x, exp(x))
+
+
+@triton.jit
+def expm1_of(x, exp_x):
     near = tl.fma(_exp_tail_polynomial(x), x * x, x)
-    return tl.where(tl.abs(x) < 0.34657359, near, exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.34657359, near, exp_x - 1.0)
 
 
 @triton.jit

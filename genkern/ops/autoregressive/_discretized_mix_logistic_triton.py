@@ -10,7 +10,7 @@ import triton.language as tl
 from genkern.core import implements
 from genkern.core import triton_lanes as lanes
 
-_TILE = 256  # pixels of one program
+_TILE = 256  # pixels of one program, one to a thread
 
 
 @triton.jit
@@ -25,7 +25,8 @@ def _bin(
     d = half + half
     smaller = tl.where(distance < half, distance, half)
     shift = tl.where(smaller > 24.0, smaller - 24.0, 0.0)
-    t, q, q_less_one = lanes.exp(shift - distance), lanes.exp(shift - half), lanes.expm1(shift - half)
+    t, q = lanes.exp(shift - distance), lanes.exp(shift - half)
+    q_less_one = lanes.expm1_of(shift - half, q)
     above, below = x > edge, x < edge * -1.0
     outer = above | below
     near_only, far_only = (below & (m >= 0.0)) | (above & (m < 0.0)), (below & (m < 0.0)) | (above & (m >= 0.0))
@@ -279,7 +280,7 @@ def _launch(kernel, params, colours, tensors, scalars, **constants):
         kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(pixels, columns),)](
             *tensors, *(0 if t is None else t.stride(0) for t in tensors), *map(lanes.real, scalars), rows, pixels,
             K=params.shape[1] // (10 if colours == 3 else 3), COLOURS=colours, ROWS=tile_rows, COLUMNS=columns,
-            num_warps=4, enable_fp_fusion=False, **constants,
+            num_warps=8, enable_fp_fusion=False, **constants,
         )  # fmt: skip
 
 
