@@ -112,8 +112,13 @@ def expm1_tail(x):
 
 @triton.jit
 def expm1(x):
+    return expm1_of(x, exp(x))
+
+
+@triton.jit
+def expm1_of(x, exp_x):
     near = tl.fma(_exp_tail_polynomial(x), x * x, x)
-    return tl.where(tl.abs(x) < 0.34657359, near, exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.34657359, near, exp_x - 1.0)
 
 
 @triton.jit
@@ -121,11 +126,11 @@ def tanh(x):
     x = tl.where(x > 20.0, 20.0, x)
     x = tl.where(x < -20.0, -20.0, x)
     e = expm1(x + x)
-    return _divide(e, e + 2.0)
+    return divide(e, e + 2.0)
 
 
 @triton.jit
-def _divide(x, y):
+def divide(x, y):
     """Correctly rounded."""
     if x.dtype == tl.float64:
         return x / y
@@ -169,12 +174,12 @@ def log1p(x):
     """ln u + what rounding u = 1 + x lost, relative to u."""
     u = x + 1.0
     y = log(u)
-    return tl.where((x > -1.0) & (x < float("inf")), y + _divide(x - (u - 1.0), u), y)
+    return tl.where((x > -1.0) & (x < float("inf")), y + divide(x - (u - 1.0), u), y)
 
 
 @triton.jit
 def sigmoid(x):
-    return _divide(tl.full(x.shape, 1.0, x.dtype), exp(x * -1.0) + 1.0)
+    return divide(tl.full(x.shape, 1.0, x.dtype), exp(x * -1.0) + 1.0)
 
 
 @triton.jit

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 import genkern
-from genkern import core
 from genkern.ops import discretized_mix_logistic_cdf as cdf
 from genkern.ops import discretized_mix_logistic_nll as nll
 from genkern.ops import discretized_mix_logistic_sample as sample
 from genkern.ops import gaussian_mixture_nll, gaussian_mixture_sample
 from genkern.ops.autoregressive._discretized_mix_logistic import _eager
+from genkern.testing import backends
 
-BACKENDS = ["reference"] + ["cpu"] * (core.OPS["discretized_mix_logistic_nll"].available("cpu")["cpu"] is None)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", ["reference", *backends(op="discretized_mix_logistic_nll")])
 
 
 def data(n=2, k=5, size=6, scale=0.7, dtype=torch.float32):
@@ -80,6 +79,37 @@ def test_audio_and_five_bit_images(backend):
     inner = torch.linspace(-1, 1, 7, dtype=torch.float64)[1:-1]
     expected = -(2 * edge + (torch.sigmoid(inner) * torch.sigmoid(-inner) * 2 / 65535).log().sum())
     torch.testing.assert_close(got.double(), expected.view(1), rtol=1e-5, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("channels, k, pixels", [(3, 12, 3), (1, 30, 3), (3, 1, 300)], ids=["mixtures", "audio", "pixels"])
+def test_more_mixtures_and_pixels_than_a_kernel_holds(backend, channels, k, pixels):
+    generator, both = torch.Generator().manual_seed(0), []
+    x = torch.randint(0, 256, (2, channels, pixels), generator=generator) / 127.5 - 1
+    params = torch.randn(2, (10 if channels == 3 else 3) * k, pixels, generator=generator)
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaf = params.to(dtype).requires_grad_()
+        with genkern.backend(name):
+            loss = nll(x.to(dtype), leaf)
+            both.append((loss.double(), torch.autograd.grad(loss, leaf, torch.tensor([1.0, -2.0], dtype=dtype))[0].double()))
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(both[0][1], both[1][1], rtol=1e-5, atol=1e-5)
+
+
+@each_backend
+def test_bins_far_narrower_and_wider_than_the_logistic(backend):
+    """Where both exponentials of a bin underflow in float32, and where a bin's probability is its width alone."""
+    x = torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0]).repeat(3).view(1, 1, 12)
+    params = torch.tensor([0.0, 0.3, -6.0]).view(1, 3, 1).repeat(1, 1, 12)
+    params[:, 1, 4:8], params[:, 2, 8:] = 2.0, 25.0
+    both = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaf = params.to(dtype).requires_grad_()
+        with genkern.backend(name):
+            loss = nll(x.to(dtype), leaf, levels=4)
+            both.append([v.double() for v in (loss, torch.autograd.grad(loss.sum(), leaf)[0])])
+    for got, expected in zip(*both, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_samples_have_the_distribution_they_claim():
@@ -180,10 +210,11 @@ def test_drawn_levels_are_those_of_the_reference(channels, given):
     params, key = torch.randn(2, (10 if channels == 3 else 3) * 4, 9, 37), genkern.random.key(3)
     noise = {"key": key, "keys": genkern.random.split(key, 2), "uniforms": torch.rand(2, 4 + channels, 9, 37)}[given]
     options = {"channels": channels, "levels": 256, "temperature": 0.8, given.removesuffix("s") if given == "keys" else given: noise}
-    drawn = []
-    for backend in ("reference", "cpu"):
+    with genkern.backend("reference"):
+        expected = sample(params, **options)
+    for backend in backends(op="discretized_mix_logistic_sample"):
         with genkern.backend(backend):
-            drawn.append(sample(params, **options))
-    assert (drawn[0] == drawn[1]).float().mean() > 0.999
-    level = (drawn[1] + 1) * 127.5
-    assert (level - level.round()).abs().max() < 1e-4 and level.unique().numel() > 100
+            drawn = sample(params, **options)
+        assert (drawn == expected).float().mean() > 0.999
+        level = (drawn + 1) * 127.5
+        assert (level - level.round()).abs().max() < 1e-4 and level.unique().numel() > 100
