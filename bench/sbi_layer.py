@@ -81,7 +81,7 @@ def main():
             runs["forward and backward"] = (lambda *a, f=layer: backward(f(*a)), lambda *a, f=networks: backward(f(*a)))
             for title, (run, alone) in runs.items():
                 ways = [("nflows", fused.unpatch, run), ("patched", fused.patch, run), ("networks", fused.unpatch, alone)]
-                ways = [(way, prepare, lambda f=f: f(x, context)) for way, prepare, f in ways]
+                ways = [(way, prepare, lambda f=f, x=x, c=context: f(x, c)) for way, prepare, f in ways]
                 found = measure(ways, given.rounds, max(1, 2000 // batch))
                 row = {"layer": name, "batch": batch, "pass": title} | {f"{way}_ms": round(ms, 4) for way, ms in found.items()}
                 row["ratio"] = round(found["nflows"] / found["patched"], 2)
