@@ -71,17 +71,19 @@ def draw_key(generator=None, device="cpu"):
 
     On CUDA the draw stays on the device: no synchronisation, and a captured graph draws anew at each replay.
     """
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        device = torch.device("cpu")
+    if device != _CPU:
+        device = torch.device(device)
+        device = device if device.type in ("cpu", "cuda") else _CPU
     if is_compiling():
         if generator is not None:
             raise ValueError("generator= works in eager mode only; under torch.compile pass key=")
         return torch.ops.genkern._draw_key.default(device)
     if generator is not None:
-        return torch.empty(2, dtype=torch.int64, device=generator.device).random_(generator=generator)
-    return torch.empty(2, dtype=torch.int64, device=device).random_()
+        device = generator.device
+    return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
 
+
+_CPU = torch.device("cpu")
 
 # Opaque to torch.compile: Inductor would replace the draw by one of its own generator, with other values than eager mode.
 _library = torch.library.Library("genkern", "FRAGMENT")

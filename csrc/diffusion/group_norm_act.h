@@ -47,18 +47,19 @@ class GroupNormCall {
  public:
   GroupNormCall(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias,
                 const MaybeTensor& pre_bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
-                bool silu) {
+                bool silu, int channel_dim = 1) {
     const Rows first(x);
     keep_.push_back(first);
     job.x = first.array();
     job.samples = x.size(0);
-    job.channels = job.channels_of_x = x.size(1);
+    job.channels = job.channels_of_x = x.size(channel_dim);
     job.pixels = 1;
-    for (int64_t d = 2; d < x.dim(); d++) job.pixels *= x.size(d);
+    for (int64_t d = 1; d < x.dim(); d++)
+      if (d != channel_dim) job.pixels *= x.size(d);
     if (x2) {
       keep_.emplace_back(*x2);
       job.x2 = keep_.back().array();
-      job.channels += x2->size(1);
+      job.channels += x2->size(channel_dim);
     }
     job.weight = flat(weight), job.bias = flat(bias), job.pre_bias = flat(pre_bias), job.scale = flat(scale),
     job.shift = flat(shift);
@@ -86,15 +87,21 @@ class GroupNormGradientCall {
     sums_ = torch::stable::new_empty(grad, {3 * job.samples * job.channels}, ScalarType::Double);
     d.sums = static_cast<double*>(sums_.data_ptr());
   }
-  Array add(const MaybeTensor& like) {
-    if (!like) return {};
-    gradients.push_back(torch::stable::new_empty(*like, like->sizes()));
-    return Rows(gradients.back()).array();
+  const GroupNormGradients& add_all(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias,
+                                    const MaybeTensor& pre_bias, const MaybeTensor& scale, const MaybeTensor& shift) {
+    d.x = add(x), d.x2 = add(x2), d.weight = add(weight), d.bias = add(bias);
+    d.pre_bias = add(pre_bias), d.scale = add(scale), d.shift = add(shift);
+    return d;
   }
   GroupNormGradients d{};
   std::vector<Tensor> gradients;
 
  private:
+  Array add(const MaybeTensor& like) {
+    if (!like) return {};
+    gradients.push_back(torch::stable::new_empty(*like, like->sizes()));
+    return Rows(gradients.back()).array();
+  }
   Rows grad_;
   Tensor sums_;
 };
@@ -131,9 +138,7 @@ inline std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeT
                                                    double eps, bool silu) {
   GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
   GroupNormGradientCall back(grad, call.job);
-  GroupNormGradients& d = back.d;
-  d.x = back.add(x), d.x2 = back.add(x2), d.weight = back.add(weight), d.bias = back.add(bias);
-  d.pre_bias = back.add(pre_bias), d.scale = back.add(scale), d.shift = back.add(shift);
+  const GroupNormGradients& d = back.add_all(x, x2, weight, bias, pre_bias, scale, shift);
   if (call.empty()) {
     for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
     return back.gradients;

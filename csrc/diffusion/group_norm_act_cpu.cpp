@@ -2,35 +2,20 @@
 // as origin and merge in double, so they survive data with a large mean; the affine maps are one multiply-add per element. The
 // backward pass makes the statistics again, adds up three numbers per channel while it leaves the gradient before the activation
 // where that of x will stand, and from those writes the gradients.
-#include "group_norm_act.h"
+#include "group_norm_act_cpu.h"
 
 namespace gk {
 namespace {
 
 template <class S>
-using VectorOf = typename Vector<S>::type;
-template <class S>
-constexpr int64_t kGroupTile = 64 * Lane<VectorOf<S>>::kCount;
+constexpr int64_t kGroupTile = 256 * Lane<VectorOf<S>>::kCount;  // four chains of additions, so a lane adds 64 terms
 constexpr int64_t kKept =
     1 << 16;  // where the gradient of x is narrow, dz of a group of so many elements is kept, of larger ones made again
 
 template <class V>
-GK_FN V load_part(const Scalar<V>* p, int count) {
-  return count == Lane<V>::kCount ? load<V>(p) : load_first(p, count, V{});
-}
-template <class V>
-GK_FN void store_part(Scalar<V>* p, V x, int count) {
-  if (count == Lane<V>::kCount)
-    store(p, x);
-  else
-    store_first(p, x, count);
-}
-template <class V, class F>
-GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a constant but for the last call
-  constexpr int kCount = Lane<V>::kCount;
-  int64_t i = 0;
-  for (; i + kCount <= n; i += kCount) f(i, kCount);
-  if (i < n) f(i, static_cast<int>(n - i));
+GK_FN V load_ahead(const Scalar<V>* p) {
+  __builtin_prefetch(p + kAhead);
+  return load<V>(p);
 }
 GK_FN double sum_of(double x) { return x; }
 template <int n>
@@ -56,19 +41,6 @@ GK_FN double sum_of(lane_f32 x) {
   memcpy(sums, &wide, sizeof(all));
   return sum_of_doubles<kLanes>(sums);
 }
-#define GK_INLINE __attribute__((always_inline))
-
-template <class S>
-S number(const Array& a, int64_t at, double absent) {
-  S one;
-  return a.data ? *read(a, 0, at, 1, &one) : static_cast<S>(absent);
-}
-inline void put(const Array& a, int64_t at, double x) {
-  if (a.data == nullptr) return;
-  if (a.storage == Storage::kDouble || a.storage == Storage::kFloat) return write_sum({a.data, 1, a.storage}, at, x);
-  const float one = static_cast<float>(x);
-  write(a, 0, at, &one, 1);
-}
 
 // One group of one sample. Its elements are numbered in memory order, [0, size()).
 template <class S>
@@ -83,6 +55,8 @@ struct Group {
   int64_t size() const { return job.channels_per_group() * job.pixels; }
   int64_t in_sample(int64_t at) const { return first_channel * job.pixels + at; }
   int64_t row(int64_t channel) const { return sample * job.channels + first_channel + channel; }  // of (samples, channels)
+
+  Affine<S> affine(const Statistics<S>& s, int64_t channel) const { return {job, s, sample, first_channel + channel}; }
 
   // f(tile's first element, number of elements)
   template <class F>
@@ -125,60 +99,35 @@ struct Group {
 };
 
 template <class S>
-struct Statistics {
-  double mean = 0, rstd = 0;
-  S centre() const { return static_cast<S>(mean); }  // subtracted first: exact where it matters
-  double rest() const { return mean - static_cast<double>(centre()); }
-
-  Statistics(const Group<S>& group, S* buffer) {
-    using V = VectorOf<S>;
-    constexpr int kCount = Lane<V>::kCount;
-    double seen = 0, centred = 0;
-    group.each_tile([&](int64_t at, int64_t n) {
-      const S* v = group.values(at, n, buffer);
-      V sum[4] = {}, rest[2] = {}, square[2] = {};
-      int64_t i = 0;
-      for (; i + 4 * kCount <= n; i += 4 * kCount)
-        for (int j = 0; j < 4; j++) sum[j] = sum[j] + load<V>(v + i + j * kCount);
-      each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE { sum[0] = sum[0] + load_part<V>(v + i + at, k); });
-      const V guess = splat<V>(sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(n));
-      for (i = 0; i + 2 * kCount <= n; i += 2 * kCount)
-        for (int j = 0; j < 2; j++) {
-          const V d = load<V>(v + i + j * kCount) - guess;
-          rest[j] = rest[j] + d;
-          square[j] = fma(d, d, square[j]);
-        }
-      each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE {
-        const V d = keep_first(load_part<V>(v + i + at, k) - guess, k);
-        rest[0] = rest[0] + d;
-        square[0] = fma(d, d, square[0]);
-      });
-      const double count = static_cast<double>(n), left = sum_of(rest[0] + rest[1]), total = seen + count;
-      const double origin = sum_lanes(keep_first(guess, 1));
-      const double tile_mean = origin + left / count, tile_centred = sum_of(square[0] + square[1]) - left * left / count;
-      const double delta = tile_mean - mean;  // two (count, mean, sum of squares) become one (Chan et al., 1979)
-      mean += delta * count / total;
-      centred += tile_centred + delta * delta * seen * count / total;
-      seen = total;
+Statistics<S> statistics_of(const Group<S>& group, S* buffer) {
+  using V = VectorOf<S>;
+  constexpr int kCount = Lane<V>::kCount;
+  Moments all;
+  group.each_tile([&](int64_t at, int64_t n) {
+    const S* v = group.values(at, n, buffer);
+    V sum[4] = {}, rest[4] = {}, square[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kCount <= n; i += 4 * kCount)
+      for (int j = 0; j < 4; j++) sum[j] = sum[j] + load_ahead<V>(v + i + j * kCount);
+    each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE { sum[0] = sum[0] + load_part<V>(v + i + at, k); });
+    const V guess = splat<V>(sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(n));
+    for (i = 0; i + 4 * kCount <= n; i += 4 * kCount)
+      for (int j = 0; j < 4; j++) {
+        const V d = load<V>(v + i + j * kCount) - guess;
+        rest[j] = rest[j] + d;
+        square[j] = fma(d, d, square[j]);
+      }
+    each_vector<V>(n - i, [&](int64_t at, int k) GK_INLINE {
+      const V d = keep_first(load_part<V>(v + i + at, k) - guess, k);
+      rest[0] = rest[0] + d;
+      square[0] = fma(d, d, square[0]);
     });
-    rstd = 1 / std::sqrt(std::max(0.0, centred) / seen + group.job.eps);
-    if (std::isnan(centred)) rstd = centred;
-  }
-};
-
-// z = a (u - centre) + b for one channel.
-template <class S>
-struct Affine {
-  double gain, weight, bias, a, b;
-  Affine(const Group<S>& group, const Statistics<S>& s, int64_t channel) {
-    const GroupNorm& job = group.job;
-    const int64_t c = group.first_channel + channel, row = group.row(channel);
-    gain = 1 + static_cast<double>(number<S>(job.scale, row, 0));
-    weight = number<S>(job.weight, c, 1), bias = number<S>(job.bias, c, 0);
-    a = s.rstd * weight * gain;
-    b = bias * gain + number<S>(job.shift, row, 0) - s.rest() * a;
-  }
-};
+    const double count = static_cast<double>(n), left = sum_of((rest[0] + rest[1]) + (rest[2] + rest[3]));
+    const double origin = sum_lanes(keep_first(guess, 1)), squares = sum_of((square[0] + square[1]) + (square[2] + square[3]));
+    all.merge({count, origin + left / count, squares - left * left / count});
+  });
+  return {all, group.job.eps};
+}
 
 // run(begin, end) over the groups of all samples; a share holds at least this many elements
 template <class F>
@@ -194,14 +143,15 @@ void forward(const GroupNorm& job) {
     alignas(64) S buffer[kGroupTile<S>], out_buffer[kGroupTile<S>];
     for (int64_t index = begin; index < end; index++) {
       const Group<S> group(job, index);
-      const Statistics<S> s(group, buffer);
+      const Statistics<S> s = statistics_of(group, buffer);
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
         S* out = place(job.y, group.sample, group.in_sample(at), out_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-          const Affine<S> affine(group, s, channel);
+          const Affine<S> affine = group.affine(s, channel);
           const V a = splat<V>(affine.a), b = splat<V>(affine.b), centre = splat<V>(s.centre());
           each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+            __builtin_prefetch(out + start + i + kAhead, 1);
             V z = fma(a, load_part<V>(u + start + i, k) - centre, b);
             if constexpr (kSilu) z = silu(z);
             store_part(out + start + i, z, k);
@@ -227,7 +177,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
     std::vector<S> kept(static_cast<size_t>(keep && !in_place ? per_group * job.pixels : 0));
     for (int64_t index = begin; index < end; index++) {
       const Group<S> group(job, index);
-      const Statistics<S> s(group, buffer);
+      const Statistics<S> s = statistics_of(group, buffer);
       S* const dz_of_group = in_place ? place<S>(d.x, group.sample, group.in_sample(0), nullptr) : kept.data();
       const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
       const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
@@ -241,7 +191,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
           const S* u = group.values(at, n, buffer);
           const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
           group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-            const Affine<S> affine(group, s, channel);
+            const Affine<S> affine = group.affine(s, channel);
             const V a = splat<V>(affine.a), b = splat<V>(affine.b);
             V total = {}, total_xhat = {}, total_of_xhat = {};
             each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
@@ -262,7 +212,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       job.pre_bias.data ? add_up(std::true_type{}) : add_up(std::false_type{});
       double mean_g = 0, mean_g_xhat = 0;  // of g = dz * gain * weight, the gradient of xhat
       for (int64_t channel = 0; channel < per_group; channel++) {
-        const Affine<S> affine(group, s, channel);
+        const Affine<S> affine = group.affine(s, channel);
         const int64_t row = group.row(channel);
         mean_g += affine.gain * affine.weight * sum_dz[row];
         mean_g_xhat += affine.gain * affine.weight * sum_dz_xhat[row];
@@ -274,7 +224,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         const S* u = group.values(at, n, buffer);
         const S* dy = keep ? dz_of_group + at : read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-          const Affine<S> affine(group, s, channel);
+          const Affine<S> affine = group.affine(s, channel);
           const V a = splat<V>(affine.a), b = splat<V>(affine.b);
           // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat
           const V p = splat<V>(s.rstd * mean_g), q = splat<V>(s.rstd * mean_g_xhat);
@@ -299,20 +249,12 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       if (d.pre_bias.data)
         for (int64_t channel = 0; channel < per_group; channel++) {
           const int64_t row = group.row(channel);
-          const double g = Affine<S>(group, s, channel).a * sum_dz[row];
+          const double g = group.affine(s, channel).a * sum_dz[row];
           put(d.pre_bias, row, g - s.rstd * (mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[row]));
         }
     }
   });
-  for (int64_t channel = 0; channel < job.channels && (d.weight.data || d.bias.data); channel++) {
-    double weight = 0, bias = 0;
-    for (int64_t row = channel; row < rows; row += job.channels) {
-      const double gain = 1 + static_cast<double>(number<S>(job.scale, row, 0));
-      weight += gain * sum_dz_xhat[row], bias += gain * sum_dz[row];
-    }
-    put(d.weight, channel, weight);
-    put(d.bias, channel, bias);
-  }
+  put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
 }
 
 }  // namespace

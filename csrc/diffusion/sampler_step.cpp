@@ -147,7 +147,7 @@ void run(F f, const Arguments& a, const Tensor& like, Arrays<F::kInputs> in, Arr
     row[kScale] = columns_from(a.table, a.scale_column());
     if (a.history_out) out[kNextPast] = a.history_out->array();
     if (f.next_input) out[kNextInput] = a.input_out->array();
-    if (f.next_input && f.guided) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
+    if (f.next_input && a.input_out->shape().rows != samples) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
   }
   run_rows(f, a.x.shape(), in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
 }

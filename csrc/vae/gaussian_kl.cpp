@@ -10,7 +10,7 @@ Tensor gaussian_kl(Tensor mu, MaybeTensor log_var, MaybeTensor prior_mu, MaybeTe
   const auto prior = prior_moments(prior_mu, prior_log_var);
   const ScalarType type = sum_type(log_var ? promote(mu.scalar_type(), log_var->scalar_type()) : mu.scalar_type());
   const int64_t n = q.shape().rows;
-  Tensor kl = per_element ? empty_like_mu(mu, !log_var, type) : torch::stable::new_empty(mu, {n}, type);
+  Tensor kl = per_element ? empty_like_mu(mu, !log_var, type) : new_tensor(mu, {n}, type);
   with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
     using F = GaussianKl<decltype(clamp), has_prior(), element()>;
     const F f{{}, clamp, free_bits};

@@ -204,7 +204,7 @@ inline Tensor empty_like_mu(const Tensor& mu, bool both, ScalarType type) {
   const auto sizes = mu.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   if (both) shape[1] /= 2;
-  return torch::stable::new_empty(mu, shape, type);
+  return new_tensor(mu, shape, type);
 }
 
 // Gradients in the order of the arguments: one tensor for each that is there.
@@ -212,7 +212,7 @@ class MomentsGradient {
  public:
   MomentsGradient(const Tensor& mu, const MaybeTensor& log_var, std::vector<Tensor>* all) {
     const auto add = [&](const Tensor& like) {
-      all->push_back(torch::stable::new_empty(like, like.sizes()));
+      all->push_back(new_tensor(like, like.sizes()));
       return all->back();
     };
     const Tensor first = add(mu);

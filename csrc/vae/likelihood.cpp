@@ -1,5 +1,5 @@
-// Negative log-likelihoods of the decoders: bernoulli_nll, gaussian_nll, discretized_logistic_nll. Summed over each sample in one pass;
-// the backward pass recomputes from the inputs. Formulas: genkern/ops/vae/_likelihood.py.
+// Negative log-likelihoods of the decoders: bernoulli_nll, gaussian_nll, discretized_logistic_nll. Summed over each sample in one
+// pass; the backward pass recomputes from the inputs. Formulas: genkern/ops/vae/_likelihood.py.
 #include "rows.h"
 
 namespace gk {
@@ -98,7 +98,7 @@ struct DiscretizedLogisticBackward {
 
 // ---- tensors
 
-Tensor sums_of(const Tensor& like, int64_t rows, ScalarType type) { return torch::stable::new_empty(like, {rows}, type); }
+Tensor sums_of(const Tensor& like, int64_t rows, ScalarType type) { return new_tensor(like, {rows}, type); }
 
 Tensor bernoulli_nll(Tensor logits, Tensor x) {
   const Rows l(logits), data(x);
@@ -109,7 +109,7 @@ Tensor bernoulli_nll(Tensor logits, Tensor x) {
 
 std::vector<Tensor> bernoulli_nll_backward(Tensor grad, Tensor logits, Tensor x) {
   const Rows l(logits), data(x);
-  Tensor d = torch::stable::new_empty(logits, logits.sizes());
+  Tensor d = new_tensor(logits, logits.sizes());
   run_rows(BernoulliNllBackward{}, l.shape(), {l.array(), data.array()}, {per_row(grad)}, {Rows(d).array()}, {}, logits);
   return {d};
 }
@@ -133,13 +133,13 @@ Tensor gaussian_nll(Tensor mu, MaybeTensor log_var, Tensor x) {
 
 std::vector<Tensor> gaussian_nll_backward(Tensor grad, Tensor mu, MaybeTensor log_var, Tensor x) {
   const Rows m(mu), data(x);
-  Tensor d_mu = torch::stable::new_empty(mu, mu.sizes());
+  Tensor d_mu = new_tensor(mu, mu.sizes());
   if (!log_var) {
     run_rows(GaussianBackward<false>{}, m.shape(), {m.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array()}, {}, mu);
     return {d_mu};
   }
   const Rows v(*log_var);
-  Tensor d_log_var = torch::stable::new_empty(*log_var, log_var->sizes());
+  Tensor d_log_var = new_tensor(*log_var, log_var->sizes());
   run_rows(GaussianBackward<true>{}, m.shape(), {m.array(), v.array(), data.array()}, {per_row(grad)},
            {Rows(d_mu).array(), Rows(d_log_var).array()}, {}, mu);
   return {d_mu, d_log_var};
@@ -155,9 +155,10 @@ Tensor discretized_logistic_nll(Tensor mu, Tensor log_scale, Tensor x, int64_t l
 
 std::vector<Tensor> discretized_logistic_nll_backward(Tensor grad, Tensor mu, Tensor log_scale, Tensor x, int64_t levels) {
   const Rows m(mu), s(log_scale), data(x);
-  Tensor d_mu = torch::stable::new_empty(mu, mu.sizes()), d_log_scale = torch::stable::new_empty(log_scale, log_scale.sizes());
+  Tensor d_mu = new_tensor(mu, mu.sizes()), d_log_scale = torch::stable::new_empty(log_scale, log_scale.sizes());
   const DiscretizedLogisticBackward f{{}, 1.0 / static_cast<double>(levels - 1)};
-  run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array(), Rows(d_log_scale).array()}, {}, mu);
+  run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array(), Rows(d_log_scale).array()}, {},
+           mu);
   return {d_mu, d_log_scale};
 }
 

@@ -58,7 +58,7 @@ struct AccumulateBackward {  // in: the gradient, log ratio, nll[, log_sum]; out
 
 Tensor log_ratio(const Tensor& z, const Moments& q, ScalarType type) {
   const Rows rows(z);
-  Tensor ratio = torch::stable::new_empty(z, {q.shape().rows}, type);
+  Tensor ratio = new_tensor(z, {q.shape().rows}, type);
   run_rows(LogRatio{}, q.shape(), {rows.array(), q.mu(), q.log_var()}, {}, {}, {per_row(ratio)}, z);
   return ratio;
 }
@@ -86,7 +86,7 @@ std::vector<Tensor> log_importance_weight_backward(Tensor grad, Tensor nll, Tens
                                                    MaybeTensor log_sum) {
   const Moments q(mu, log_var);
   const RowShape samples{q.shape().rows, 1};
-  const auto empty_like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
+  const auto empty_like = [](const Tensor& x) { return new_tensor(x, x.sizes()); };
   std::vector<Tensor> gradients{empty_like(nll), empty_like(z)};
   const MomentsGradient d(mu, log_var, &gradients);
   const Tensor ratio = log_ratio(z, q, type_of(nll, z, mu)), weight = torch::stable::empty_like(ratio);

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> reparameterize_kl(Tensor mu, MaybeTensor log_var, May
   const ScalarType type = log_var ? promote(mu.scalar_type(), log_var->scalar_type()) : mu.scalar_type();
   Tensor z = empty_like_mu(mu, !log_var, type);
   const int64_t n = q.shape().rows;
-  Tensor kl = per_element ? empty_like_mu(mu, !log_var, sum_type(type)) : torch::stable::new_empty(mu, {n}, sum_type(type));
+  Tensor kl = per_element ? empty_like_mu(mu, !log_var, sum_type(type)) : new_tensor(mu, {n}, sum_type(type));
   with_types(low, high, soft, prior.has_value(), per_element, [&](auto clamp, auto has_prior, auto element) {
     using F = ReparameterizeKl<decltype(clamp), has_prior(), element()>;
     const F f{{}, clamp, free_bits};

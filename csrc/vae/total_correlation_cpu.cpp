@@ -189,7 +189,7 @@ S* data_of(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> total_correlation(Tensor z, Tensor mu, Tensor log_var, double own, double other) {
-  const auto make = [&] { return torch::stable::new_empty(z, {z.size(0)}); };
+  const auto make = [&] { return new_tensor(z, {z.size(0)}); };
   const Tensor a = make(), b = make(), c = make();
   const auto run = [&](auto zero) {
     using S = decltype(zero);
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> total_correlation(Tensor z, Tensor mu, Tensor
 
 std::vector<Tensor> total_correlation_backward(Tensor grad_0, Tensor grad_1, Tensor grad_2, Tensor z, Tensor mu, Tensor log_var,
                                                double own, double other) {
-  const auto make = [&] { return torch::stable::new_empty(z, z.sizes()); };
+  const auto make = [&] { return new_tensor(z, z.sizes()); };
   const Tensor d_z = make(), d_mu = make(), d_log_var = make();
   if (z.numel()) {
     const auto run = [&](auto zero) {

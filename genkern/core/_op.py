@@ -52,18 +52,18 @@ class Op:
     schema          "(Tensor x, ..., float a) -> (Tensor, Tensor)"
     reference       the formula in plain torch with the same positional arguments: documentation, fallback and oracle
     fake            output shapes for torch.compile, with the same arguments
-    differentiable  names of the arguments that have gradients; the raw op `_<name>_backward(grad outputs, all arguments)` returns
-                    those of the arguments that are not None
+    differentiable  names of the arguments that have gradients (all tensors then stand before other arguments); the raw op
+                    `_<name>_backward(grad outputs, all arguments)` returns those of the arguments that are not None
     device_of       position of the argument whose device chooses the backend
+    first           a backend to choose before the others of its device
     """
 
-    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0):
+    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, first=None):
         self.name, self.backward_name, self.reference = name, f"{name}_backward", reference
-        self.device_of = device_of
+        self.device_of, self.first = device_of, first
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
-        self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
-        self._others = len(self._tensors) < len(arguments)  # arguments that are no tensors
+        self._tensors = sum("Tensor" in str(a.type) for a in arguments)
         self._differentiable = tuple(i for i, a in enumerate(arguments) if a.name in differentiable)
         _define("_" + name, schema, fake)
         if differentiable:
@@ -74,7 +74,7 @@ class Op:
         self._backward = differentiable and {
             b: getattr(getattr(torch.ops, n), f"_{name}_backward").default for b, (n, _, _) in BACKENDS.items()
         }
-        self._function = self._autograd_function() if differentiable else None
+        self._functions = {b: self._autograd_function(b, len(arguments)) for b in BACKENDS} if differentiable else None
         self._with_backward: set = set()  # backends that have a kernel for the backward pass too
         self._default: dict = {}  # device type -> (backend, None or why it is the reference)
         _backends.libraries()
@@ -92,7 +92,7 @@ class Op:
         if self._differentiable and torch.is_grad_enabled():
             for i in self._differentiable:
                 if args[i] is not None and args[i].requires_grad:
-                    return self._function.apply(choice, *args)
+                    return self._functions[choice].apply(*args)
         return self._forward[choice](*args)
 
     # ---- choosing
@@ -124,7 +124,7 @@ class Op:
 
     def _settle(self, device_type):
         why = f"no kernels exist for {device_type} tensors"
-        for name in PREFERENCE.get(device_type, ()):
+        for name in sorted(PREFERENCE.get(device_type, ()), key=lambda name: name != self.first):
             missing = self._missing(name, device_type)
             if missing is None and device_type == "cuda":
                 from genkern.core._verified import untrusted
@@ -151,6 +151,10 @@ class Op:
                     raise RuntimeError(f"{self.name}: backend {name!r} was forced but cannot be used: {missing}")
             return name, None
         return self._default.get(device_type) or self.default(device_type)
+
+    def backend_of(self, tensor):
+        """The backend that a call with this choosing argument takes now."""
+        return self._choose(tensor)[0]
 
     def default(self, device_type):
         """(backend that serves this device type unless one is forced, None or why it is the reference)."""
@@ -183,39 +187,34 @@ class Op:
 
         return fake
 
-    def _autograd_function(self):
-        op, tensors, differentiable, others = self, self._tensors, self._differentiable, self._others
-
-        rest_of = lambda args: [None if i in tensors else a for i, a in enumerate(args)] if others else None
+    def _autograd_function(self, choice, arguments):
+        op, tensors, differentiable = self, self._tensors, self._differentiable
+        leading = len(differentiable) if differentiable == tuple(range(len(differentiable))) else None
+        nones = (None,) * (arguments - len(differentiable))
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, choice, *args):
-                ctx.save_for_backward(*(map(args.__getitem__, tensors) if others else args))
-                ctx.choice, ctx.rest = choice, rest_of(args)
+            def forward(ctx, *args):
+                ctx.save_for_backward(*args[:tensors])
+                ctx.rest = args[tensors:]
                 return op._forward[choice](*args)
 
             @staticmethod
             def backward(ctx, *grads):
-                args, choice = ctx.saved_tensors, ctx.choice
-                if others:
-                    saved, args = args, list(ctx.rest)
-                    for i, tensor in zip(tensors, saved, strict=True):
-                        args[i] = tensor
+                args = (*ctx.saved_tensors, *ctx.rest)
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-                    return (None, *op._differentiate_reference(args, grads))
-                choice = choice if choice in op._with_backward else "reference"
+                    return op._differentiate_reference(args, grads)
+                native = choice in op._with_backward  # else there is a kernel for the forward pass alone
                 if not is_compiling():
-                    _backends.count(op.backward_name, choice)
-                if choice == "reference":  # a kernel for the forward pass alone
+                    _backends.count(op.backward_name, choice if native else "reference")
+                if not native:
                     with torch.enable_grad():
-                        return (None, *op._differentiate_reference(args, grads))
-                got, result = op._backward[choice](*grads, *args), [None] * (1 + len(args))
-                at = 0
-                for i in differentiable:
-                    if args[i] is not None:
-                        result[1 + i], at = got[at], at + 1
-                return tuple(result)
+                        return op._differentiate_reference(args, grads)
+                got = op._backward[choice](*grads, *args)
+                if len(got) == leading:  # the usual case: all are there, before the other arguments
+                    return (*got, *nones)
+                got = iter(got)
+                return tuple(next(got) if i in differentiable and a is not None else None for i, a in enumerate(args))
 
         Function.__name__ = Function.__qualname__ = self.name
         return Function
@@ -233,7 +232,7 @@ class Op:
             [o for o, _ in pairs], [alias[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
         )
         got = dict(zip(wanted, got, strict=True))
-        return [got.get(i) for i in range(len(args))]
+        return tuple(got.get(i) for i in range(len(args)))
 
 
 _warned: set = set()

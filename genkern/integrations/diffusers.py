@@ -32,8 +32,8 @@ def fuse(pipe, *, keyed_noise=False):
     """Fuse a pipeline in place, and return it: its scheduler, and group norm with SiLU in its UNets and autoencoders.
 
     The same generator gives the same images up to rounding. Objects, classes' names, weights, configurations, saving and training
-    stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms read and write contiguous
-    images: with channels_last they would copy. A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
+    stay as they are: residual blocks take a fused forward, and time embeddings are added inside it. Norms keep channels_last images so.
+    A scheduler that fuse_scheduler refuses is refused here, and nothing is changed.
     Also takes a single model. keyed_noise: see fuse_scheduler.
     """
     models = _models(pipe)
@@ -75,7 +75,7 @@ def fuse_scheduler(scheduler, *, keyed_noise=False):
     keyed_noise for an object: noise is made in registers from a key that each noisy step draws from the generator (a list: one for
                 each sample), instead of by torch's generator itself: several times faster, and other noise than diffusers'
 
-    DDPM (also with a learned range of the variance), DDIM, Euler, Euler ancestral, DPM-Solver++ and UniPC have their coefficients in
+    DDPM (also with a learned variance or range of it), DDIM, Euler, Euler ancestral, DPM-Solver++ and UniPC have their coefficients in
     closed form, with clipping and dynamic thresholding. Any other scheduler is run on unit vectors once per set_timesteps, a fraction
     of a second, which gives the table of any step that is linear in the sample, the model outputs and the noise and keeps at most
     three history terms. Before it returns, the fused step is compared with the original one on random data.
@@ -184,11 +184,12 @@ def _run_or_refuse(scheduler, step, *args, **kwargs):
 class _Fused:
     draws = True  # step() takes a generator
     keyed = False  # noise from keys
+    doubled = learned = False  # the model returns twice the channels; of a learned range
 
     def __init__(self, scheduler):
         self.scheduler, self.config = scheduler, scheduler.config
         self._timesteps = self._visited = None
-        self.learned, self.thresholds = False, bool(self.config.get("thresholding"))
+        self.thresholds = bool(self.config.get("thresholding"))
         self._require("prediction_type", "epsilon", "sample", "v_prediction", "flow_prediction")
 
     def _require(self, name, *allowed):
@@ -200,8 +201,9 @@ class _Fused:
         """NotLinear unless the fused step agrees with the scheduler's own on random data."""
         scheduler, results, original = self.scheduler, [], functools.partial(_own(self.scheduler).step, self.scheduler)
         generator = torch.Generator().manual_seed(0)
-        start, outputs = torch.randn(2, 4, 6, 6, generator=generator), torch.randn(64, 2, 8, 6, 6, generator=generator)
-        outputs = outputs if self.learned else outputs[:, :, :4]
+        start, outputs = torch.randn(2, 3, 6, 6, generator=generator), torch.randn(64, 2, 6, 6, 6, generator=generator)
+        outputs[:, :, 3:] = outputs[:, :, 3:].abs()  # may be a variance
+        outputs = outputs if self.doubled else outputs[:, :, :3]
         for step in (functools.partial(_run_or_refuse, scheduler, original), self.step):
             scheduler.set_timesteps(16)
             generator, x, trace = torch.Generator().manual_seed(1), start, []
@@ -257,6 +259,8 @@ class _Fused:
         )  # fmt: skip
 
     def _noise(self, m, sample, generator):
+        if self.keyed:
+            return random.normal(_drawn_key(generator, m.device), sample.shape, dtype=m.dtype, device=m.device)
         return randn_tensor(sample.shape, generator=generator, device=m.device, dtype=m.dtype)
 
     clip = None
@@ -319,8 +323,9 @@ class _Memoryless(_Fused):
 class _DDPM(_Memoryless):
     def __init__(self, scheduler):
         super().__init__(scheduler)
-        self._require("variance_type", "fixed_small", "fixed_large", "learned_range")
+        self._require("variance_type", "fixed_small", "fixed_large", "learned_range", "learned")
         self.learned = self.config.variance_type == "learned_range"
+        self.doubled = self.config.variance_type.startswith("learned")
         self.clip = self._clip()
 
     def rows(self):
@@ -330,12 +335,16 @@ class _DDPM(_Memoryless):
             previous = int(self.scheduler.previous_timestep(t))
             rows += self._preserving(sampler, t, previous, 1.0)
             if t > 0 and previous < 0 and sampler.variance != "small":  # diffusers adds noise to the result unless t = 0
-                rows[-1].sample["n"] = 1.0 if self.learned else math.sqrt(1 - float(self.scheduler.alphas_cumprod[t]))
+                rows[-1].sample["n"] = 1.0 if self.doubled else math.sqrt(1 - float(self.scheduler.alphas_cumprod[t]))
         return sampler, rows
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        table = self._prepare(sample.device, ())
-        pair = self._step(model_output, sample, self._where(timestep), None, generator, table, (sample,))
+        table, index, noise = self._prepare(sample.device, ()), self._where(timestep), None
+        if self.doubled and not self.learned:
+            model_output, variance = model_output.chunk(2, 1)
+            if table[1][index]:  # to diffusers' "learned" these channels are the variance, not its logarithm
+                noise = self._noise(model_output, sample, generator) * variance.sqrt()
+        pair = self._step(model_output, sample, index, noise, generator, table, (sample,))
         return self._result(pair, return_dict)
 
 
@@ -437,7 +446,8 @@ class _DPMSolver(_Multistep):
         super().__init__(scheduler)
         self._require("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
         self._require("euler_at_final", False, None)
-        self._require("variance_type", None)
+        self._require("variance_type", None, "learned", "learned_range")
+        self.doubled = self.config.variance_type is not None and self.config.prediction_type == "epsilon"
         if self.config.solver_order == 3 and self.config.algorithm_type.startswith("sde"):
             raise ValueError("fuse_scheduler: sde-dpmsolver++ is served up to solver_order 2")
 
@@ -455,6 +465,7 @@ class _DPMSolver(_Multistep):
         return randn_tensor(sample.shape, generator=generator, device=m.device, dtype=torch.float32)
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
+        model_output = model_output[:, :3] if self.doubled else model_output  # the variance is not used
         return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
 
 
@@ -488,7 +499,7 @@ class _Probed(_Fused):
     """A scheduler that is a table because it was run."""
 
     def __init__(self, scheduler):
-        self.scheduler, self.config, self.learned = scheduler, scheduler.config, False
+        self.scheduler, self.config = scheduler, scheduler.config
         self._signature = _signature(_own(scheduler))
         self.draws = "generator" in self._signature.parameters
         self._timesteps, self._index, self._tables = None, 0, {}

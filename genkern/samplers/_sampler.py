@@ -9,6 +9,7 @@ import torch
 from genkern import random
 from genkern.ops.diffusion._sampler_step import _dynamic_threshold, _sampler_step
 from genkern.ops.diffusion._sampler_step_moments import _guidance_moments
+from genkern.samplers._schedule import Grid
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,20 @@ class Row:
     level: tuple  # alpha and sigma of x
     sample: dict  # the next sample
     history: dict = field(default_factory=lambda: {"y": 1.0})  # the next history term
-    log_variance: tuple = (0.0, 0.0)  # the least and the largest, of a learned variance
+    log_variance: tuple = (0.0, 0.0)  # of a learned variance, where the second half of the channels is -1 and 1
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What sample() needs to know of a run and does not depend on the data, on the device of the samples."""
+
+    grid: Grid
+    rows: list  # of the evaluations
+    table: torch.Tensor
+    times: tuple  # (samples of the model's input,) for each evaluation
+    noisy: list  # whether a row draws noise
+    early: bool  # a row weighs a history term before there is one: it is zero then
+    unscaled: bool  # the model sees x as it is
 
 
 _TERMS = ("x", "m", "y", "n", "h1", "h2", "h3")
@@ -37,7 +51,10 @@ class Sampler:
     threshold   None, or the quantile of |x_0| to which each sample is clipped and by which it is divided, where that exceeds 1
                 (dynamic thresholding; Saharia et al., 2022, section 2.3), at most threshold_max. Replaces clip
 
-    The tables are float64 on the host; a step computes in float32 (float64 samples: float64).
+    The tables are float64 on the host; a step computes in float32 (float64 samples: float64). sample() keeps what it makes of them
+    on the device for the next call with as many samples, the same guidance and type: from then on it neither waits nor uploads
+    (given a key on the device), so that a whole run can be captured in a CUDA graph, for as long as the sampler is used for no
+    more than eight of these.
     """
 
     history = 0  # history terms of a step
@@ -81,11 +98,12 @@ class Sampler:
             result.append([1 - g, g, *row.data, *sample, *history, rows[i + 1].scale if i + 1 < len(rows) else 1.0, *variance])
         return torch.tensor(result, dtype=torch.float64)
 
-    def _prepare(self, begin, interval, dtype):
-        """(rows, table, times (evaluations,)), on the CPU, from point `begin` on, kept for the next call that asks the same."""
-        asked = begin, interval, dtype
+    def _prepare(self, begin, interval, dtype, samples, device):
+        """The _Run from point `begin` on, kept for who asks the same again."""
+        asked = begin, interval, dtype, samples, device
         if (prepared := self._kept.get(asked)) is None:
-            rows = self.rows(self.grid.since(begin))
+            grid = self.grid.since(begin)
+            rows = self.rows(grid)
             guidance = None
             if interval is not None:
                 first, last, scale = interval
@@ -94,9 +112,13 @@ class Sampler:
             times = torch.tensor([row.t for row in rows], dtype=torch.float64)
             times = times.long() if (times == times.round()).all() else times if wide else times.float()
             table = self.table(rows, guidance).to(torch.float64 if wide else torch.float32)
+            early = [of.get(f"h{k}", 0.0) for i, row in enumerate(rows[:3]) for of in (row.sample, row.history) for k in (1, 2, 3)[i:]]
             if len(self._kept) >= 8:
                 self._kept.clear()
-            prepared = self._kept[asked] = rows, table, times
+            prepared = self._kept[asked] = _Run(
+                grid, rows, table.to(device), times.to(device)[:, None].expand(-1, samples).unbind(),
+                noisy=[row.sample.get("n", 0.0) != 0.0 for row in rows], early=any(early), unscaled=all(row.scale == 1 for row in rows),
+            )  # fmt: skip
         return prepared
 
     @torch.no_grad()
@@ -128,9 +150,9 @@ class Sampler:
     ):
         """Samples of the model's distribution, (N, ...) of type dtype.
 
-        model           called as model(x, t, **conditions) once per evaluation, x of model_dtype; t (samples of x,): int64 where all
-                        timesteps are integers, else float32 (float64 samples: float64). Returns a tensor, or something whose
-                        attribute `sample` it is
+        model           called as model(x, t, **conditions) once per evaluation, x of model_dtype, which it must not change and which
+                        the next step overwrites; t (samples of x,): int64 where all timesteps are integers, else float32 (float64
+                        samples: float64). Returns a tensor, or something whose attribute `sample` it is
         shape           (N, ...); or None where `start` or `image` gives it
         key             int64 (2,), or (N, 2) for one stream per sample, which then does not depend on its batch. The same key gives
                         the same samples on every device up to rounding. None: drawn from `generator` or torch's default one
@@ -179,12 +201,11 @@ class Sampler:
             raise ValueError(f"{name}.sample: unconditional needs guidance_scale")
         device = torch.device(device if device is not None else "cpu" if given is None else given.device)
         begin = len(self.grid) - max(1, round(len(self.grid) * strength)) if image is not None else 0
-        grid = self.grid.since(begin)
         guided = guidance_scale is not None
         interval = (*map(float, guidance_interval), float(guidance_scale)) if guided else None
-        rows, table, times = self._prepare(begin, interval, dtype)
-        table, times = table.to(device), times.to(device)
-        noisy = [row.sample.get("n", 0.0) != 0.0 for row in rows]
+        doubled = (shape[0] * (1 + guided), *shape[1:])
+        run = self._prepare(begin, interval, dtype, doubled[0], device)
+        rows, table, times, noisy = run.rows, run.table, run.times, run.noisy
 
         keys = None
         if start is None or (any(noisy) and noise is None):
@@ -192,10 +213,10 @@ class Sampler:
             keys = random.split(key, len(rows) + 1)
             keys = keys if keys.dim() == 2 else keys.transpose(0, 1).contiguous()  # (evaluations + 1[, N], 2)
             keys = keys.to(device) if keys.dim() == 3 or keys.device.type != "cpu" else keys
-        x = self._initial(grid, shape, start, image, keys, device, dtype)
+        x = self._initial(run.grid, shape, start, image, keys, device, dtype)
         if mask is not None:
             mask, image = mask.to(device, dtype), image.to(device, dtype)
-            levels = [*(row.level for row in rows[1:]), (grid.alpha[-1], grid.sigma[-1])]
+            levels = [*(row.level for row in rows[1:]), (run.grid.alpha[-1], run.grid.sigma[-1])]
             first_noise = random.normal(keys[0], shape, dtype=dtype, device=device)
         model_dtype = model_dtype or dtype
         if (model_dtype == torch.float64) != (dtype == torch.float64):
@@ -209,15 +230,23 @@ class Sampler:
             got = f"{guidance_rescale} and {guidance_max_norm}"
             raise ValueError(f"{name}.sample: guidance_rescale must be in [0, 1], guidance_max_norm positive, got {got}")
         numbers = float(guidance_rescale), float(guidance_parallel), math.inf if guidance_max_norm is None else float(guidance_max_norm)
-        doubled = (shape[0] * (1 + guided), *shape[1:])
         if learned and len(shape) < 2:
             raise ValueError(f"{name}.sample: a learned variance needs channels, got shape {tuple(shape)}")
         expected = (doubled[0], 2 * shape[1], *shape[2:]) if learned else doubled
         conditions = self._conditions(conditions or {}, unconditional)
-        times = times[:, None].expand(-1, doubled[0])
-        history = [torch.zeros_like(x) for _ in range(self.history)]  # the latest first
-        scaled = (x * rows[0].scale).to(model_dtype)
-        model_input = torch.cat([scaled, scaled]) if guided else scaled
+        # Where the model sees x as it is, x lies in the model's input: under guidance a step writes it once more, else not at all.
+        shared = run.unscaled and mask is None and model_dtype == dtype
+        doubles = shared and guided
+        if doubles:
+            model_input = torch.cat([x, x])
+            x, input_out = model_input.chunk(2)
+        else:
+            x = x.clone() if x is start else x
+            scaled = x if shared else (x * rows[0].scale).to(model_dtype)
+            model_input = torch.cat([scaled, scaled]) if guided else scaled
+            input_out = None if shared else model_input
+        count = 0 if self.renoise_unconditional else self.history
+        history = [torch.zeros_like(x) for _ in range(count)] if run.early else [x] * count  # the latest first; x stands in for none
 
         for i in _progress(range(len(rows)), progress, name):
             m = model(model_input, times[i], **conditions)
@@ -244,11 +273,16 @@ class Sampler:
             if self.threshold is not None:
                 bound = _dynamic_threshold(x, m, table, None, i, moments, *numbers, self.threshold, self.threshold_max)
             past = (m[: shape[0]],) if self.renoise_unconditional else history  # the outputs without the condition come first
+            out, newest = x, None
+            if history:  # the new term takes the place of the oldest
+                newest = history[-1] if history[-1] is not x else torch.empty_like(x)
+            if last and doubles:  # not half of a tensor
+                out, newest = torch.empty_like(x) if newest is None else newest, None
             _sampler_step(
-                x, m, table, None, i, *(*past, None, None, None)[:3], given, draw, moments, bound, clip, *numbers, learned, x,
-                history[-1] if history else None, None if last else model_input,
+                x, m, table, None, i, *(*past, None, None, None)[:3], given, draw, moments, bound, clip, *numbers, learned, out, newest,
+                None if last else input_out,
             )  # fmt: skip
-            history = history[-1:] + history[:-1]  # the oldest was overwritten by the new one
+            x, history = out, [newest, *history[:-1]] if history else history
             if mask is not None:
                 alpha, sigma = levels[i]
                 x.mul_(mask).add_((alpha * image + sigma * first_noise) * (1 - mask))
@@ -260,7 +294,7 @@ class Sampler:
 
     def _initial(self, grid, shape, start, image, keys, device, dtype):
         if start is not None:
-            return start.to(device, dtype, copy=True).contiguous()
+            return start.to(device, dtype).contiguous()
         noise = random.normal(keys[0], shape, dtype=dtype, device=device)
         if image is not None:
             return (grid.alpha[0] * image.to(device, dtype) + grid.sigma[0] * noise).contiguous()

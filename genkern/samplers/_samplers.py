@@ -29,15 +29,16 @@ def _log_snr(alpha, sigma):
 class DDPM(Sampler):
     """Ancestral sampling, x' ~ N(posterior mean, variance) (Ho et al., 2020, eq. 6, 7), respaced (Nichol & Dhariwal, 2021, section 4).
 
-    variance    "small": the posterior's; "large": beta; "learned_range": the model returns twice the channels, the second
-                half the place between the two in the logarithm (Nichol & Dhariwal, 2021, eq. 15)
+    variance    "small": the posterior's; "large": beta. For a model that returns twice the channels, as to the second half:
+                "learned_range": the place between the two in the logarithm (Nichol & Dhariwal, 2021, eq. 15); "learned": the
+                logarithm of the variance itself
     """
 
     kinds = ("preserving",)
 
     def __init__(self, schedule, steps=1000, *, variance="small", **kwargs):
-        check_choice("DDPM", "variance", variance, ("small", "large", "learned_range"))
-        self.variance, self.learned_variance = variance, variance == "learned_range"
+        check_choice("DDPM", "variance", variance, ("small", "large", "learned_range", "learned"))
+        self.variance, self.learned_variance = variance, variance.startswith("learned")
         super().__init__(schedule, steps, **kwargs)
 
     def rows(self, grid):
@@ -48,7 +49,9 @@ class DDPM(Sampler):
             sample = {"y": A * beta / s**2, "x": math.sqrt(ratio) * (S / s) ** 2}
             logs = math.log(max(posterior, 1e-20)), math.log(max(beta, 1e-20))
             if S > 0:
-                sample["n"] = 1.0 if self.variance == "learned_range" else math.exp(0.5 * logs[self.variance == "large"])
+                sample["n"] = 1.0 if self.variance.startswith("learned") else math.exp(0.5 * logs[self.variance == "large"])
+            if self.variance == "learned":
+                logs = -1.0, 1.0  # between these the place v in [-1, 1] is v itself
             result.append(Row(**arguments, sample=sample, log_variance=logs))
         return result
 

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import genkern
 from genkern import ops
 from genkern.testing import backends
 
 each_backend = pytest.mark.parametrize("backend", ("reference", *backends(op="causal_conv1d")))
+each_dense = pytest.mark.parametrize("backend", backends(op="causal_conv1d_dense"))
 
 
 def _inputs(n, c, length, taps=4):
@@ -75,55 +77,94 @@ def test_the_future_does_not_reach_the_past(backend):
             assert torch.equal(ops.causal_conv1d(poisoned, weight, bias, groups=5)[..., :23], expected[..., :23])
 
 
+@each_backend
 @pytest.mark.parametrize("groups", [1, 2])
-def test_grouped_and_dense(groups):
+def test_grouped_and_dense(groups, backend):
     """torch's convolution behind zeros or a state; packed sequences equal those computed alone."""
     x, state = torch.randn(2, 4, 17, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
     weight, bias = torch.randn(6, 4 // groups, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     options = {"dilation": 2, "groups": groups, "activation": "silu"}
-    y = ops.causal_conv1d(x, weight, bias, initial_state=state, **options)
-    torch.testing.assert_close(y, F.silu(F.conv1d(torch.cat([state, x], 2), weight, bias, dilation=2, groups=groups)))
-    index = torch.tensor([[0] * 9 + [1] * 8] * 2, dtype=torch.int32)
-    packed = ops.causal_conv1d(x, weight, bias, initial_state=state, seq_idx=index, **options)
-    torch.testing.assert_close(packed[..., :9], y[..., :9])
-    torch.testing.assert_close(packed[..., 9:], ops.causal_conv1d(x[..., 9:], weight, bias, **options))
+    with genkern.backend(backend):
+        y = ops.causal_conv1d(x, weight, bias, initial_state=state, **options)
+        torch.testing.assert_close(y, F.silu(F.conv1d(torch.cat([state, x], 2), weight, bias, dilation=2, groups=groups)))
+        index = torch.tensor([[0] * 9 + [1] * 8] * 2, dtype=torch.int32)
+        packed = ops.causal_conv1d(x, weight, bias, initial_state=state, seq_idx=index, **options)
+        torch.testing.assert_close(packed[..., :9], y[..., :9])
+        torch.testing.assert_close(packed[..., 9:], ops.causal_conv1d(x[..., 9:], weight, bias, **options))
 
 
+@each_dense
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_gated_is_the_convolution_and_then_the_gate(groups):
+def test_gated_is_the_convolution_and_then_the_gate(groups, backend):
     x, weight, bias = torch.randn(2, 6, 75), torch.randn(12 if groups < 6 else 6, 6 // groups, 3), torch.randn(12 if groups < 6 else 6)
     options = {"dilation": 5, "groups": groups, "initial_state": torch.randn(2, 6, 10)}
     condition = torch.randn(2, len(weight), 1)
-    expected = ops.gated_activation(ops.causal_conv1d(x, weight, bias, **options), condition)
-    one_pass = ops.causal_conv1d(x, weight, bias, activation="gated", condition=condition, **options)
-    assert torch.equal(one_pass, expected)
-    given = [t.requires_grad_() for t in (x, weight, bias, condition)]
-    two_passes = ops.causal_conv1d(x, weight, bias, activation="gated", condition=condition, **options)
-    assert torch.equal(two_passes, one_pass)
+    genkern.reset_stats()
+    with genkern.backend(backend):
+        expected = ops.gated_activation(ops.causal_conv1d(x, weight, bias, **options), condition)
+        one_pass = ops.causal_conv1d(x, weight, bias, activation="gated", condition=condition, **options)
+        assert torch.equal(one_pass, expected)
+        given = [t.requires_grad_() for t in (x, weight, bias, condition)]
+        two_passes = ops.causal_conv1d(x, weight, bias, activation="gated", condition=condition, **options)
+        assert torch.equal(two_passes, one_pass)
     behind = torch.cat([options["initial_state"], x], 2)
     a, b = (F.conv1d(behind, weight, bias, dilation=5, groups=groups) + condition).chunk(2, 1)
     torchs = torch.autograd.grad((torch.tanh(a) * torch.sigmoid(b)).square().sum(), given)
     torch.testing.assert_close(torch.autograd.grad(two_passes.square().sum(), given), torchs, rtol=1e-4, atol=1e-4)
+    assert {chosen for _, chosen in genkern.stats()} == {backend}
 
 
+@each_dense
 @pytest.mark.parametrize("shape", [(1, 5, 500), (40, 5, 1), (3, 5, 97)])
-def test_dense_has_the_same_bits_in_any_tile(shape):
+def test_dense_has_the_same_bits_in_any_tile(shape, backend):
     """Tiles of columns reach over samples; what is left of them takes another kernel."""
     x, weight, bias = torch.randn(shape), torch.randn(21, 5, 3), torch.randn(21)
     state = torch.randn(*shape[:2], 4)
-    whole, final = ops.causal_conv1d(x, weight, bias, dilation=2, initial_state=state, return_final_state=True)
-    behind = torch.cat([state, x], 2)
-    torch.testing.assert_close(whole, F.conv1d(behind, weight, bias, dilation=2))
-    assert torch.equal(final, behind[..., shape[2] :])
-    for n in {0, shape[0] - 1}:
-        one = ops.causal_conv1d(x.mT.contiguous().mT[n : n + 1], weight, bias, dilation=2, initial_state=state[n : n + 1])
-        assert torch.equal(one, whole[n : n + 1])
-    for chunk in (1, 13, 60):
-        pieces, carried = [], state
-        for part in x.split(chunk, 2):
-            y, carried = ops.causal_conv1d(part, weight, bias, dilation=2, initial_state=carried, return_final_state=True)
-            pieces.append(y)
-        assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(carried, final)
+    with genkern.backend(backend):
+        whole, final = ops.causal_conv1d(x, weight, bias, dilation=2, initial_state=state, return_final_state=True)
+        behind = torch.cat([state, x], 2)
+        torch.testing.assert_close(whole, F.conv1d(behind, weight, bias, dilation=2))
+        assert torch.equal(final, behind[..., shape[2] :])
+        for n in {0, shape[0] - 1}:
+            one = ops.causal_conv1d(x.mT.contiguous().mT[n : n + 1], weight, bias, dilation=2, initial_state=state[n : n + 1])
+            assert torch.equal(one, whole[n : n + 1])
+        for chunk in (1, 13, 60) if shape[2] < 100 else (13, 60):
+            pieces, carried = [], state
+            for part in x.split(chunk, 2):
+                y, carried = ops.causal_conv1d(part, weight, bias, dilation=2, initial_state=carried, return_final_state=True)
+                pieces.append(y)
+            assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(carried, final)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no fused multiply-add in the CPU library")
+@pytest.mark.skipif("emulated" not in backends(op="causal_conv1d_dense"), reason="GENKERN_EMULATED_LIBRARY is not set")
+@pytest.mark.parametrize("channels, outputs, taps, groups", [(5, 21, 3, 1), (40, 130, 2, 1), (1, 7, 70, 1), (8, 16, 3, 2)])
+def test_emulated_dense_has_the_bits_of_the_cpu(channels, outputs, taps, groups):
+    x, weight, bias = torch.randn(2, channels, 75), torch.randn(outputs, channels // groups, taps), torch.randn(outputs)
+    got = []
+    for backend in ("cpu", "emulated"):
+        with genkern.backend(backend):
+            got.append(ops.causal_conv1d(x, weight, bias, dilation=2, groups=groups))
+    assert torch.equal(*got)
+
+
+@each_dense
+def test_a_state_of_another_type(backend):
+    x, weight, state = torch.randn(2, 5, 9).bfloat16(), torch.randn(8, 5, 3).bfloat16(), torch.randn(2, 5, 2)
+    with genkern.backend(backend):
+        y = ops.causal_conv1d(x, weight, initial_state=state)
+    torch.testing.assert_close(y, F.conv1d(torch.cat([state, x.float()], 2), weight.float()))
+
+
+def test_on_a_gpu_narrow_types_take_torchs_convolution(monkeypatch):
+    """Tensors without data stand in for those of a GPU."""
+    monkeypatch.setitem(genkern.core.OPS["causal_conv1d_dense"]._default, "cuda", ("reference", None))
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            genkern.reset_stats()
+            y = ops.causal_conv1d(*(torch.empty(shape, device="cuda", dtype=dtype) for shape in ((2, 4, 9), (8, 4, 3))))
+            assert y.dtype == dtype and y.shape == (2, 8, 9)
+            assert list(genkern.stats()) == ([("causal_conv1d_dense", "reference")] if dtype == torch.float32 else [])
 
 
 @pytest.mark.parametrize("backend", ("reference", *backends(op="causal_conv1d_update")))

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import genkern
 from genkern import nn
 from genkern.integrations.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from genkern.testing import backends
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -64,7 +66,8 @@ def test_fn():
 
 
 @pytest.mark.parametrize("ring", [False, True])
-def test_update(ring):
+@pytest.mark.parametrize("backend", ("reference", *backends(op="causal_conv1d_update")))
+def test_update(ring, backend):
     x, weight, bias = _arguments()
     expected = causal_conv1d_fn(x, weight, bias, activation="silu")
     state = torch.zeros(4, 5, 6)
@@ -72,7 +75,8 @@ def test_update(ring):
     outputs = []
     for part in x.split([1, 2, 6], 2):
         lengths = torch.full((2,), seen, dtype=torch.int32) if ring else None
-        y = causal_conv1d_update(part, state, weight, bias, "silu", cache_seqlens=lengths, conv_state_indices=slots)
+        with genkern.backend(backend):
+            y = causal_conv1d_update(part, state, weight, bias, "silu", cache_seqlens=lengths, conv_state_indices=slots)
         outputs.append(y)
         seen += part.shape[2]
     torch.testing.assert_close(torch.cat(outputs, 2), expected)

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import genkern
 from genkern import nn, ops
-from genkern.testing import assert_autoregressive
+from genkern.core import BACKENDS
+from genkern.testing import assert_autoregressive, backends
 
 
 def mask_of(weight, mask_type, colors, layout):
@@ -28,15 +30,20 @@ each_mask = pytest.mark.parametrize(
 )
 
 
+each_backend = pytest.mark.parametrize("backend", ("reference", *backends(op="masked_conv2d")))
+
+
+@each_backend
 @each_mask
 @pytest.mark.parametrize(
     "kernel, size", [((3, 3), (5, 6)), ((7, 5), (4, 3)), ((1, 3), (2, 5)), ((3, 1), (3, 2)), ((1, 1), (2, 2)), ((3, 3), (1, 1))]
 )
-def test_equals_the_masked_weight(mask_type, colors, layout, kernel, size):
+def test_equals_the_masked_weight(mask_type, colors, layout, kernel, size, backend):
     x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 6, *kernel, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    y = ops.masked_conv2d(x, weight, bias, mask_type=mask_type, colors=colors, layout=layout)
+    with genkern.backend(backend):
+        y = ops.masked_conv2d(x, weight, bias, mask_type=mask_type, colors=colors, layout=layout)
     mask = mask_of(weight, mask_type, colors, layout)
     expected = F.conv2d(x, weight * mask, bias, padding=(kernel[0] // 2, kernel[1] // 2))
     torch.testing.assert_close(y, expected)
@@ -54,6 +61,53 @@ def test_narrow_types(dtype):
     y = ops.masked_conv2d(x.to(dtype), weight.to(dtype), mask_type="B", colors=3)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, rtol=5e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(op="masked_conv2d") if b != "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_gpu_kernels_of_narrow_types(backend, dtype):
+    """They read them as they are and round once; the public function widens what lies on a CPU."""
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, 6, 5, 7), (210, 6, 3, 3), (210,)))
+    raw = getattr(torch.ops, BACKENDS[backend].namespace)
+    y = raw._masked_conv2d(x, weight, bias, True, 3, True)
+    grad = torch.randn(y.shape).to(dtype)
+    got = [y, *raw._masked_conv2d_backward(grad, x, weight, bias, True, 3, True)]
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = ops.masked_conv2d(*leaves, mask_type="B", colors=3)
+    expected = [expected.detach(), *torch.autograd.grad(expected, leaves, grad.double())]
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(op="masked_conv2d") if b != "cpu"])
+@pytest.mark.parametrize("mask_type, layout", [("A", "grouped"), ("B", "interleaved")])
+def test_gpu_kernels_never_read_the_future(mask_type, layout, backend):
+    """Nor does a gradient reach it."""
+    torch.manual_seed(0)
+    options = {"mask_type": mask_type, "colors": 3, "layout": layout}
+    weight = torch.randn(6, 3, 3, 3)
+    with genkern.backend(backend):
+        layer = lambda x: ops.masked_conv2d(x, weight, **options)
+        assert_autoregressive(layer, torch.randn(1, 3, 3, 4), order="raster", colors=3, layout=layout, strict=mask_type == "A", cuts=6)
+        x = torch.randn(1, 3, 3, 4, requires_grad=True)
+        upstream = torch.zeros(1, 6, 3, 4)
+        upstream[:, :, 1, 2] = float("nan")
+        (got,) = torch.autograd.grad(layer(x), x, upstream)
+    assert got[:, :, 0, 1:].isnan().all() and got[:, :, 1, 1].isnan().all()
+    assert not got[:, :, 1, 3].isnan().any() and not got[:, :, 2].isnan().any()
+
+
+def test_autocast_is_followed_away_from_the_cpu(monkeypatch):
+    """As by torch.nn.Conv2d. Tensors of the meta device stand for those of a GPU."""
+    x, weight = (torch.empty(shape, device="meta") for shape in ((1, 3, 4, 4), (6, 3, 3, 3)))
+    layer = lambda x: ops.masked_conv2d(x, weight, mask_type="A", colors=3)
+    assert layer(x).dtype == torch.float32
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert layer(x.double()).dtype == torch.float64
 
 
 @each_mask

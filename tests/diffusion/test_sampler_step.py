@@ -1,10 +1,13 @@
 """sampler_step: in place, indices on the device, noise of the stream, types, refusals."""
 
+import math
+
 import pytest
 import torch
 
 import genkern
 from genkern import ops, random
+from genkern.ops.diffusion._sampler_step import _sampler_step
 from genkern.testing import backends
 
 each_backend = pytest.mark.parametrize("backend", ["reference", *backends(op="sampler_step")])
@@ -28,6 +31,24 @@ def test_in_place_equals_new_tensors(backend):
         got = ops.sampler_step(**given | {"x": x, "h2": h2}, step=1, out=x, history_out=h2, input_out=model_input)
     assert got[0] is x and got[1] is h2 and got[2] is model_input
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@each_backend
+def test_x_in_half_of_the_model_input(backend):
+    """Under guidance the next input is written once, beside x'; a last step keeps no history."""
+    given = arguments()
+    given["table"][:, -1] = 1.0
+    with genkern.backend(backend):
+        x, h1, expected = ops.sampler_step(**given, step=1, next_input=True)
+        model_input, history = given["x"].repeat(2, 1, 1, 1), given["h1"].clone()
+        first, second = model_input.chunk(2)
+        ops.sampler_step(**given | {"x": first, "h1": history}, step=1, out=first, history_out=history, input_out=second)
+        assert torch.equal(model_input, expected) and torch.equal(history, h1)
+        _sampler_step(
+            given["x"], given["model_output"], given["table"], None, 1, given["h1"], *[None] * 6, math.inf, 0.0, 1.0, math.inf, False,
+            history, None, None,
+        )  # fmt: skip
+    assert torch.equal(history, x)
 
 
 @each_backend

@@ -113,6 +113,22 @@ def test_residual_blocks(kind, resample):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_channels_last(folder):
+    """All norms read and write the layout that the convolutions work in."""
+    pipe = load(folder)
+    unet = pipe.unet.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = unet(x, 5, torch.zeros(2, 16, 32)).sample
+        fuse(unet)
+        genkern.reset_stats()
+        got = unet(x, 5, torch.zeros(2, 16, 32)).sample
+    counts = {name for name, backend in genkern.stats() if name.startswith("group_norm_act")}
+    assert counts == {"group_norm_act_channels_last"}
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_refusals():
     with pytest.raises(TypeError, match="fuse: "):
         fuse(3)

@@ -62,6 +62,34 @@ def test_adaptive_guidance_is_one_launch_more():
         assert (counts.launches, counts.syncs, counts.uploads) == (["genkern::_dynamic_threshold", STEP], [], [])
 
 
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("sampler", [*SAMPLERS, samplers.DDPM(PRESERVING, 4, threshold=0.9)], ids=lambda s: type(s).__name__)
+def test_a_whole_loop_can_be_captured(sampler, guided):
+    """What a graph demands, as far as it shows without a GPU: after one call that warms up, a whole run with its first sample and
+    the split of a key on the device neither waits nor uploads, and launches the same on other data, NaN too."""
+    options, runs = {"guidance_scale": 7.5, "guidance_rescale": 0.7} if guided else {}, []
+    with count_launches() as counts:
+        key, scale = random.key(0).to("cuda"), torch.ones((), device="cuda")
+
+        def model(x, t):  # of tensors alone
+            assert x.device.type == t.device.type == "cuda"
+            return x * scale + t.view(-1, 1, 1, 1)
+
+        for value in (None, 1.0, 1e4, float("nan")):
+            if value is not None:
+                scale.fill_(value)
+            counts.reset()
+            samples = sampler.sample(model, (3, *SHAPE[1:]), key=key, device="cuda", **options)  # a shape new to the samplers
+            runs.append(counts.reset())
+        assert samples.device.type == "cuda"
+    first, *others = runs
+    assert first.uploads  # the tables, once
+    for run in others:
+        assert not run.syncs and not run.uploads
+        assert run.launches == others[0].launches and run.bytes == others[0].bytes
+        assert run.launches.count(STEP) == len(sampler.rows(sampler.grid))
+
+
 def test_a_sync_anywhere_is_seen(monkeypatch):
     """The promise above is not empty: one .item() in the loop shows, and so does a launch."""
     step = _sampler._sampler_step

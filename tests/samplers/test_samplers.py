@@ -1,5 +1,6 @@
 """Samplers on Gaussian data, whose score and whose probability-flow ODE have closed forms; closed formulas of steps; the loop."""
 
+import dataclasses
 import functools
 import math
 
@@ -386,6 +387,40 @@ def test_low_precision_models_and_no_gradients():
     x = DDIM(PRESERVING, 4).sample(model, start=start, model_dtype=torch.bfloat16)
     assert x.dtype == torch.float32 and set(seen) == {torch.bfloat16} and not x.requires_grad
     assert torch.equal(start, start.clone()) and x is not start
+
+
+@pytest.mark.parametrize("make", [DDIM, DDPM, Euler, DPMSolverMultistep, UniPC, functools.partial(DDIM, cfg_plus_plus=True)])
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_buffers_are_the_samplers_own(make, guided, steps):
+    """A model may return its very input, which steps overwrite; start is not changed; samples hold no more memory than they need."""
+    start, seen, sampler = torch.randn(2, 5), [], make(PRESERVING, steps)
+    options = dict(key=random.key(0), start=start.clone(), **({"guidance_scale": 2.0} if guided else {}))
+    expected = sampler.sample(lambda x, t: x.clone(), **options)
+    got = sampler.sample(lambda x, t: x, callback=lambda i, t, x: seen.append(x.clone()), **options)
+    assert torch.equal(got, expected) and torch.equal(seen[-1], got) and len(seen) == steps
+    assert torch.equal(options["start"], start) and got.untyped_storage().nbytes() == got.nbytes
+    assert got.data_ptr() != options["start"].data_ptr()
+
+
+def test_history_begins_at_zero():
+    """A sampler of one's own may weigh a history term that is not there yet."""
+
+    class Averaged(FlowMatchEuler):
+        history = 1
+
+        def rows(self, grid):
+            rows = super().rows(grid)
+            return [dataclasses.replace(r, sample={**r.sample, "h1": 0.5}, history={"y": 0.1, "h1": 0.9}) for r in rows]
+
+    x, model = torch.randn(2, 5), exact_model(FLOW)
+    sampler, h, y = Averaged(FLOW, 4), 0.0, x
+    for row in sampler.rows(sampler.grid):
+        m = model(y, torch.tensor([row.t]))
+        data, of = row.data[0] * y + row.data[1] * m, row.sample
+        y = of.get("x", 0.0) * y + of.get("m", 0.0) * m + of.get("y", 0.0) * data + 0.5 * h
+        h = 0.1 * data + 0.9 * h
+    torch.testing.assert_close(sampler.sample(model, start=x), y, rtol=1e-4, atol=1e-4)
 
 
 def test_torch_seed_rules_without_a_key():

@@ -77,6 +77,7 @@ CASES = [  # scheduler, configuration, arguments of set_timesteps and step; sche
         "DDPM", dict(variance_type="learned_range"), {}, {}, preserving, "DDPM",
         dict(variance="learned_range", clip=1.0, spacing="leading"),
     ),
+    ("DDPM", dict(variance_type="learned"), {}, {}, preserving, "DDPM", dict(variance="learned", clip=1.0, spacing="leading")),
     ("LCM", dict(clip_sample=False, **LATENT), {}, {}, preserving, "LCM", {}),
     ("FlowMatchEulerDiscrete", dict(shift=3.0), dict(sigmas=list(np.linspace(1, 1 / STEPS, STEPS))), {}, flow, "FlowMatchEuler", {}),
     (
@@ -94,7 +95,8 @@ def test_equals_diffusers(case, monkeypatch):
     scheduler = getattr(diffusers, name + "Scheduler")(**config)
     scheduler.set_timesteps(**points or dict(num_inference_steps=STEPS))
     generator = torch.Generator().manual_seed(0)
-    channels = SHAPE[1] * (2 if config.get("variance_type") == "learned_range" else 1)
+    variance = config.get("variance_type", "")
+    channels = SHAPE[1] * (2 if variance.startswith("learned") else 1)
     outputs = torch.randn(2 * STEPS, SHAPE[0], channels, *SHAPE[2:], generator=generator)
     noises = torch.randn(2 * STEPS, *SHAPE, generator=generator)
     start = torch.randn(SHAPE, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -106,7 +108,10 @@ def test_equals_diffusers(case, monkeypatch):
     for now, t in enumerate(scheduler.timesteps):  # noqa: B007
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
-        x = scheduler.step(outputs[now], t, x, return_dict=False, **step_arguments)[0]
+        m = outputs[now]
+        if variance == "learned":  # the logarithm of the variance to Nichol & Dhariwal, the variance itself to diffusers
+            m = torch.cat([m[:, : SHAPE[1]], m[:, SHAPE[1] :].exp()], 1)
+        x = scheduler.step(m, t, x, return_dict=False, **step_arguments)[0]
         expected.append(x)
     got, calls = [], iter(outputs)
     getattr(samplers, sampler)(schedule(scheduler), STEPS, **arguments).sample(

@@ -21,7 +21,7 @@ class Compiled(NamedTuple):
     ptx: str
 
 
-def compile_kernel(kernel, types, constants, arch, unaligned=()):
+def compile_kernel(kernel, types, constants, arch, unaligned=(), num_warps=4):
     """types {argument: "*fp32" or "i32" ...}; every argument named neither there nor in constants is None.
 
     As the launcher would, pointers and integers are declared divisible by 16, except those named in `unaligned`.
@@ -33,7 +33,7 @@ def compile_kernel(kernel, types, constants, arch, unaligned=()):
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": 4, "enable_fp_fusion": False},
+        options={"num_warps": num_warps, "enable_fp_fusion": False},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

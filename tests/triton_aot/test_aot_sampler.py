@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 
+from genkern.ops.diffusion import _group_norm_act_channels_last_triton as norm_last  # noqa: E402
 from genkern.ops.diffusion import _group_norm_act_triton as norm  # noqa: E402
 from genkern.ops.diffusion._q_sample_triton import q_sample_kernel  # noqa: E402
 from genkern.ops.diffusion._sampler_step_moments_triton import moments_kernel  # noqa: E402
@@ -77,3 +78,19 @@ def test_group_norm_act(kernel, dtype, arch):
     constants = {n: c for n, c in constants.items() if n in names}
     code = compile_kernel(function, types, constants, arch, unaligned=("eps", "groups", "per_group", "chunks", "rows"))
     _hold(code, "LDG.E.128", *(("STG.E.128",) if "y" in names or "grad_x" in names else ()))
+
+
+@pytest.mark.parametrize("dtype, arch", [("*fp32", 90), ("*bf16", 80)])
+@pytest.mark.parametrize("kernel", ["moments", "coefficients", "apply", "sums", "gradient"])
+def test_group_norm_act_channels_last(kernel, dtype, arch):
+    function = getattr(norm_last, kernel + "_kernel")
+    known = {"partial": "*fp64", "sums": "*fp64", "means": "*fp32", "coefficients": "*fp32", "eps": "i64", "weight": "*fp32"}
+    known |= {"bias": "*fp32", "x": dtype, "y": dtype, "grad": dtype, "grad_x": dtype, "scale": dtype, "shift": dtype}
+    constants = {"DTYPE": tl.float32, "PART": 64, "PIXELS": 8, "CHANNELS": 128, "PARTS": 64, "PER_GROUP": 16, "SILU": True}
+    constants |= {"x2": None, "pre_bias": None, "grad_x2": None}
+    names = function.arg_names
+    types = {n: known.get(n, "i32") for n in names if n not in constants}
+    constants = {n: c for n, c in constants.items() if n in names}
+    code = compile_kernel(function, types, constants, arch, unaligned=("eps", "groups", "per_group", "parts", "pixels"))
+    wide = kernel != "coefficients"  # that one reads a few numbers of each channel
+    _hold(code, *(("LDG.E.128",) if wide else ()), *(("STG.E.128",) if "y" in names or "grad_x" in names else ()))

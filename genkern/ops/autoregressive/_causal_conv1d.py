@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op, implements
+from genkern.core._backends import forced
 from genkern.ops._common import (
     check_choice,
     check_device,
@@ -16,6 +17,7 @@ from genkern.ops._common import (
     in_working_type,
     promoted,
     same_precision,
+    working_type,
 )
 from genkern.ops.autoregressive._gated_activation import expanded, gated_activation
 from genkern.testing._case import Case
@@ -41,10 +43,13 @@ def causal_conv1d(
     weight          (C_out, C / groups, K) as in torch.nn.Conv1d; weight[..., K - 1] meets the present
     bias            (C_out,) or None
     dilation        distance of neighbouring taps
-    groups          C: one filter per channel (C_out = C). Others take a dense kernel on the CPU, whose gradients are torch's; on other
-                    devices, with seq_idx, or in several groups of fewer than 4 outputs torch's own convolution, which follows
-                    autocast as torch.nn.Conv1d does
-    activation      None, "silu", or "gated": tanh(a) sigmoid(b) of the two halves of the C_out outputs, as gated_activation
+    groups          C with C_out = C: depthwise, one filter per channel. 1, or several groups of at least 4 outputs each: dense
+                    kernels of the CPU, CUDA and Triton, whose gradients are torch's. On a GPU they serve float32 and float64
+                    outside autocast, without TF32; narrower types take them only under genkern.backend(...). The rest is torch's
+                    own convolution, which follows autocast as torch.nn.Conv1d does: several groups of fewer than 4 outputs (also a
+                    depthwise one with C_out a multiple of C), all but depthwise ones with seq_idx, and devices without kernels
+    activation      None, "silu", or "gated": tanh(a) sigmoid(b) of the two halves of the C_out outputs, as gated_activation. In the
+                    pass of the convolution: "silu" of a depthwise one; "gated" of groups=1 where no gradient is asked for
     condition       of "gated": None, or a tensor that broadcasts to (N, C_out, L), added before the gate
     initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
     return_final_state
@@ -55,8 +60,8 @@ def causal_conv1d(
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64), returned in the promoted type. TypeError,
     ValueError on anything else. Differentiable to any order, also in initial_state. Skipped taps are never read: an infinity or
-    NaN in the future or in another sequence does not reach an output. In float32 on the CPU the kernels' outputs have the same bits
-    however x is cut into pieces that hand on their state, in any batch and for any number of threads.
+    NaN in the future or in another sequence does not reach an output. In float32 the kernels' outputs have the same bits however x is
+    cut into pieces that hand on their state, in any batch and, on the CPU, for any number of threads.
     """
     _check("causal_conv1d", x, weight, bias, dilation, activation, (None, "silu", "gated"))
     fits = lambda channels: channels >= groups and channels % groups == 0
@@ -185,13 +190,12 @@ def _convolved(x, weight, bias, state, seq_idx, dilation, groups, silu):
 
 
 def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
-    """Any groups. On the CPU the dense kernel, elsewhere torch's convolution: one for each tap where sequence indices forbid some."""
+    """Any groups: a dense kernel, or torch's convolution, one for each tap where sequence indices forbid some."""
     past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
     dtype = promoted(x, weight, bias, state)
-    if seq_idx is None and x.device.type == "cpu" and pays_dense(weight, groups):
-        x, weight, bias, state = in_working_type(x, weight, bias, state)
-        bias = None if bias is None else bias.contiguous()
-        return dense(x, state, weight.contiguous(), bias, None, dilation, groups).to(dtype)
+    if seq_idx is None and pays_dense(weight, groups) and _takes_kernels(x, dtype):
+        x, state, weight, bias = _for_kernel(dense, x, state, weight, bias)
+        return dense(x, state, weight, bias, None, dilation, groups).to(dtype)
     x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     behind = _behind(x, state, past)
     if seq_idx is None:
@@ -206,18 +210,32 @@ def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
 
 
 def _gated(x, weight, bias, state, seq_idx, dilation, groups, condition):
-    """On the CPU one pass; two where gradients are wanted, since then the gate's inputs are needed again."""
+    """One pass; two where gradients are wanted, since then the gate's inputs are needed again."""
     tensors = (x, weight, bias, state, condition)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if wanted or groups > 1 or seq_idx is not None or x.device.type != "cpu":
+    if wanted or groups > 1 or seq_idx is not None or not _takes_kernels(x, promoted(*tensors)):
         return gated_activation(_convolved(x, weight, bias, state, seq_idx, dilation, groups, False), condition)
     if condition is not None:
         check_float("causal_conv1d", "condition", condition)
         check_device("causal_conv1d", "condition", condition, "x", x)
         condition = expanded("causal_conv1d", condition, (x.shape[0], weight.shape[0], x.shape[2]))
     dtype = promoted(*tensors)
-    x, weight, bias, state, condition = in_working_type(x, weight, bias, state, condition)
-    return gated(x, state, weight.contiguous(), None if bias is None else bias.contiguous(), None, condition, dilation).to(dtype)
+    x, state, weight, bias, condition = _for_kernel(gated, x, state, weight, bias, condition)
+    return gated(x, state, weight, bias, None, condition, dilation).to(dtype)
+
+
+def _takes_kernels(x, dtype):
+    """Whether x goes to the dense kernels. On a GPU torch's convolution multiplies narrow types, and all inside autocast, on tensor
+    cores: nothing else is the default there before it was timed."""
+    if x.device.type == "cuda" and forced() in (None, "cpu", "emulated"):
+        return dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
+    return x.device.type in ("cpu", "cuda")
+
+
+def _for_kernel(op, x, state, weight, bias, *condition):
+    """The tensors as the backend of the dense ops takes them: the CPU's kernels all in the type of the arithmetic."""
+    tensors = x, state, weight.contiguous(), None if bias is None else bias.contiguous(), *condition
+    return in_working_type(*tensors) if op.backend_of(x) == "cpu" else same_precision(tensors)
 
 
 def pays_dense(weight, groups):
@@ -233,13 +251,18 @@ def pack_dense(weight, groups=1):
 
 
 def _reference_dense(x, state, weight, bias, packed, dilation, groups):
-    return F.conv1d(_behind(x, state, (weight.shape[2] - 1) * dilation), weight, bias, dilation=dilation, groups=groups)
+    dtype = promoted(x, state, weight, bias)
+    x, state, weight, bias = in_working_type(x, state, weight, bias)
+    behind = _behind(x, state, (weight.shape[2] - 1) * dilation)
+    return F.conv1d(behind, weight, bias, dilation=dilation, groups=groups).to(dtype)
 
 
 def _reference_gated(x, state, weight, bias, packed, condition, dilation):
-    y = _reference_dense(x, state, weight, bias, packed, dilation, 1)
+    dtype = promoted(x, state, weight, bias, condition)
+    x, state, weight, bias, condition = in_working_type(x, state, weight, bias, condition)
+    y = _reference_dense(x, state, weight, bias, None, dilation, 1)
     a, b = (y if condition is None else y + condition).chunk(2, 1)
-    return torch.tanh(a) * torch.sigmoid(b)
+    return (torch.tanh(a) * torch.sigmoid(b)).to(dtype)
 
 
 def _reference(x, weight, bias, state, seq_idx, dilation, silu):
@@ -287,24 +310,34 @@ _op = Op(
 )
 
 
-@implements("cpu", "causal_conv1d_dense_backward")
 def _dense_backward(grad, x, state, weight, bias, packed, dilation, groups):
-    """torch's own: its matrix products are at the machine's limit, and gradients promise no bits."""
+    """torch's own, on every backend: two products of matrices that oneDNN and cuDNN compute at the machine's limit, on a GPU with
+    tensor cores, and unlike those of the forward pass their bits are promised to nobody: they need not be the same in pieces. As for
+    torch.nn.Conv1d, torch.backends.cudnn says whether they may use TF32 and whether every run gives the same bits."""
+    given = x, state, weight, bias
+    dtype = promoted(*given) if x.is_cuda else working_type(*given)  # cuDNN adds narrow types up in float32
+    x, state, weight, grad = (None if t is None else t.to(dtype) for t in (x, state, weight, grad))
     past = (weight.shape[2] - 1) * dilation
     sizes, wanted = None if bias is None else list(bias.shape), [True, True, bias is not None]
     behind = _behind(x, state, past)
     of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
         grad.contiguous(), behind, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted
     )
-    got = [of_x[..., past:], None if state is None else of_x[..., :past], of_weight, of_bias if bias is not None else None]
-    return [g.contiguous() for g in got if g is not None]
+    got = of_x[..., past:], of_x[..., :past], of_weight, of_bias
+    return [g.to(t.dtype).contiguous() for g, t in zip(got, given, strict=True) if t is not None]
+
+
+for _backend in ("cpu", "cuda", "triton", "emulated"):
+    implements(_backend, "causal_conv1d_dense_backward")(_dense_backward)
 
 
 dense = Op(
     "causal_conv1d_dense",
     "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
     reference=_reference_dense,
-    fake=lambda x, state, weight, bias, packed, dilation, groups: x.new_empty(x.shape[0], weight.shape[0], x.shape[2]),
+    fake=lambda x, state, weight, bias, packed, dilation, groups: x.new_empty(
+        (x.shape[0], weight.shape[0], x.shape[2]), dtype=promoted(x, state, weight, bias)
+    ),
     differentiable=("x", "state", "weight", "bias"),
 )
 
@@ -313,7 +346,9 @@ gated = Op(
     "causal_conv1d_gated",
     "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, Tensor? condition, int dilation) -> Tensor",
     reference=_reference_gated,
-    fake=lambda x, state, weight, bias, packed, condition, dilation: x.new_empty(x.shape[0], weight.shape[0] // 2, x.shape[2]),
+    fake=lambda x, state, weight, bias, packed, condition, dilation: x.new_empty(
+        (x.shape[0], weight.shape[0] // 2, x.shape[2]), dtype=promoted(x, state, weight, bias, condition)
+    ),
 )
 
 
@@ -489,7 +524,7 @@ CASES = (
         _step_arguments,
         forms=(_slots,),
         shapes=((2, 37, 3), (1, 1, 1), (0, 2, 1), (3, 16, 1)),
-        large=(64, 1031, 2),
+        large=(16, 1031, 2),
         variants=({"activation": "silu"}, {}),
         constants=None,
         eager=_eager_step,

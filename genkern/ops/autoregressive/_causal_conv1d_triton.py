@@ -7,6 +7,7 @@ import triton.language as tl
 from genkern.core import implements
 from genkern.core import triton_lanes as lanes
 from genkern.ops._common import promoted
+from genkern.ops.autoregressive import _causal_conv1d_dense_triton  # noqa: F401  (its launchers register themselves)
 
 _BLOCK = 1024  # positions that a sum takes at a time
 
@@ -126,6 +127,53 @@ def weight_backward_kernel(
         tl.store(partial + program * (TAPS + 1) + TAPS, tl.sum(g, 0))
 
 
+@triton.jit
+def update_kernel(
+    x, state, weight, bias, indices, y,
+    x_sample, x_channel, x_time, state_slot, state_channel, state_time, channels, rows, time, length,
+    TAPS: tl.constexpr, DILATION: tl.constexpr, BIAS: tl.constexpr, INDICES: tl.constexpr, SILU: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """All steps of some rows (a channel of a request), then the shift of their states, some columns at a time."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    mask = row < rows
+    sample, channel = row // channels, row % channels
+    slot = sample
+    if INDICES:
+        slot = tl.load(indices + sample, mask=mask, other=-1).to(tl.int64)
+    live = mask & (slot >= 0)
+    x += sample * x_sample + channel * x_channel
+    state += slot * state_slot + channel * state_channel
+    t = 0
+    while t < time:  # range() of a number known at run time fails in the interpreter with numpy 2.4
+        a = tl.zeros([ROWS, 1], DTYPE)
+        if BIAS:
+            a = tl.load(bias + channel, mask=live, other=0.0).to(DTYPE)
+        for k in tl.static_range(TAPS):
+            value = _behind(x, state, x_time, state_time, length - (TAPS - 1 - k) * DILATION + t, live, length, DTYPE)
+            a = tl.fma(tl.load(weight + channel * TAPS + k, mask=live, other=0.0).to(DTYPE), value, a)
+        if SILU:
+            a = a * lanes.sigmoid(a)
+        tl.store(y + row * time + t, a, mask=mask)  # of an empty request all loads were zero
+        t += 1
+    first = 0
+    while first < length:
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        shifted = live & (column < length)
+        value = _behind(x, state, x_time, state_time, column + time, shifted, length, DTYPE)
+        tl.debug_barrier()  # what one thread read another overwrites
+        tl.store(state + column * state_time, value, mask=shifted)
+        first += COLUMNS
+
+
+@triton.jit
+def _behind(x, state, x_time, state_time, at, mask, length, DTYPE: tl.constexpr):
+    """Element `at` of the state followed by x."""
+    before = tl.load(state + at * state_time, mask=mask & (at < length), other=0.0).to(DTYPE)
+    new = tl.load(x + (at - length) * x_time, mask=mask & (at >= length), other=0.0).to(DTYPE)
+    return tl.where(at < length, before, new)
+
+
 def _constants(weight, bias, state, seq_idx, dilation, dtype):
     present = {"BIAS": bias is not None, "STATE": state is not None and state.numel() > 0, "SEQ": seq_idx is not None}
     return present | {"TAPS": weight.shape[1], "DILATION": dilation, "DTYPE": dtype}
@@ -174,3 +222,19 @@ def causal_conv1d_backward(grad, x, weight, bias, state, seq_idx, dilation, silu
     if bias is not None:
         d_bias.copy_(partial[..., -1].sum(1))
     return [d for d in (d_x, d_weight, d_bias, d_state) if d is not None]
+
+
+@implements("triton", "causal_conv1d_update")
+def causal_conv1d_update(x, state, weight, bias, indices, dilation, silu):
+    y = torch.empty(x.shape, dtype=promoted(x, weight, bias), device=x.device)
+    if y.numel() == 0:
+        return y
+    rows, columns = x.shape[0] * x.shape[1], min(16, triton.next_power_of_2(max(1, state.shape[2])))
+    tile_rows = min(128, _BLOCK // columns)
+    with torch.cuda.device_of(x):
+        update_kernel[(triton.cdiv(rows, tile_rows),)](
+            x, state, weight, bias, indices, y, *x.stride(), *state.stride(), x.shape[1], rows, x.shape[2], state.shape[2],
+            TAPS=weight.shape[1], DILATION=dilation, BIAS=bias is not None, INDICES=indices is not None, SILU=silu,
+            DTYPE=lanes.working_type(x, state)[1], ROWS=tile_rows, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y

@@ -1,12 +1,15 @@
 """masked_conv2d: a convolution over images that sees no pixel (and no colour) ahead in raster order."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_weight
 
-from genkern.core import Op
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted
+from genkern.core import Op, implements
+from genkern.core._backends import BACKENDS
+from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, working_type
 from genkern.testing._case import Case
 
 
@@ -15,7 +18,7 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
 
     An output pixel takes the rows above and the pixels to its left. Of its own pixel, type "A" takes the colours before its own
     and type "B" those and its own; with one colour "A" takes nothing and "B" takes it. Masked taps are skipped, not multiplied by
-    zero: they cost nothing, and on the CPU an infinity or NaN in the future leaves the past bit for bit as it was.
+    zero: they cost nothing, and in the kernels an infinity or NaN in the future leaves the past bit for bit as it was.
 
     x           (N, C, H, W)
     weight      (C_out, C, K_h, K_w), odd sizes; what lies under the mask is ignored and has gradient zero
@@ -26,9 +29,11 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
                 i % colors
 
     float32, float64, bfloat16, float16; mixed types are promoted. On the CPU one direct convolution over the live taps, in float32
-    (float64); an output's bits do not depend on the batch, the size of the image or the number of threads. On other devices two or
-    three of torch's convolutions over them, which follow autocast and round each to the result's type. TypeError, ValueError on
-    anything else. Differentiable to any order.
+    (float64); an output's bits do not depend on the batch, the size of the image or the number of threads. On a GPU autocast's type is
+    taken where it is on, and one matrix product over the live taps: float32 in full precision, never TF32; bfloat16 and float16
+    summed in float32, on tensor cores by Triton's kernel, without them by that in C++. The gradient to weight there is torch's, with
+    the precision and determinism of its convolutions. Where no kernel serves, two or three of torch's convolutions, each rounded to
+    the result's type. TypeError, ValueError on anything else. Differentiable to any order.
     """
     op = "masked_conv2d"
     check_float(op, "x", x, 4)
@@ -43,9 +48,11 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
         check_shape(op, "bias", bias, weight.shape[:1], "(C_out,)")
         check_device(op, "bias", bias, "x", x)
     dtype, own, grouped = promoted(x, weight, bias), mask_type == "B", layout == "grouped"
-    if x.device.type != "cpu":
-        return _reference(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), own, colors, grouped)
-    return _op(*in_working_type(x, weight, bias), own, colors, grouped).to(dtype)
+    if x.device.type == "cpu":
+        return _op(*in_working_type(x, weight, bias), own, colors, grouped).to(dtype)
+    if dtype != torch.float64 and torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return _op(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), own, colors, grouped)
 
 
 def check_channels(op, mask_type, colors, layout, channels, channels_out):
@@ -110,13 +117,44 @@ def _pixel(x, weight, own, colors, grouped):
     return torch.stack([y.to(dtype) for y in outputs], dim).flatten(1, 2)
 
 
+def _backward(forward, grad, x, weight, bias, own, colors, grouped):
+    """On a GPU. To x: the masked convolution of the gradient turned around, in space and in the order of its channels, for then the
+    pixels and colours after one come before it. By the kernel: torch's convolution would multiply masked weights by zero.
+    To weight: two of torch's, over the rows above and over the current row up to its pixel, since only what is summed over pixels is
+    masked here, and that may be thrown away: a kernel of ours would skip no more, and to fill a GPU it had to cut the sums."""
+    d_x = forward(grad.flip(1, 2, 3), weight.transpose(0, 1).flip(0, 1), None, own, colors, grouped).flip(1, 2, 3)
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    rows, columns = (k // 2 for k in weight.shape[2:])
+    if grad.numel() and weight.numel():
+        gradient = lambda padded, part: part.copy_(conv2d_weight(padded, part.shape, grad.contiguous()))
+        if rows and x.shape[2] > 1:
+            gradient(F.pad(x[:, :, :-1], (columns, columns, rows, 0)), d_weight[:, :, :rows])
+        gradient(F.pad(x, (columns, 0)), d_weight[:, :, rows : rows + 1, : columns + 1])
+        d_weight[:, :, rows, columns].masked_fill_(~_sees(weight, own, colors, grouped), 0)
+    if bias is None:
+        return [d_x, d_weight]
+    return [d_x, d_weight, grad.sum((0, 2, 3), dtype=working_type(grad)).to(bias.dtype)]
+
+
+def _sees(weight, own, colors, grouped):
+    """(C_out, C): whether the centre tap of an output takes an input."""
+    of_output, of_input = (torch.arange(n, device=weight.device) for n in weight.shape[:2])
+    color = lambda i: i // (len(i) // colors) if grouped else i % colors
+    return color(of_input) < color(of_output)[:, None] + own
+
+
 _op = Op(
     "masked_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, bool own, int colors, bool grouped) -> Tensor",
     reference=_reference,
     fake=lambda x, weight, bias, own, colors, grouped: x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]),
     differentiable=("x", "weight", "bias"),
+    first="triton",
 )
+
+for _backend in ("cuda", "triton", "emulated"):
+    _forward = getattr(torch.ops, BACKENDS[_backend].namespace)._masked_conv2d
+    implements(_backend, "masked_conv2d_backward")(functools.partial(_backward, _forward))
 
 
 def _of_type_a(x, weight, bias=None, mask_type="A", colors=1, layout="grouped"):

@@ -25,7 +25,8 @@ def wavenet_step(x, past, weights, condition, dilations, *, taps, gate, skip, ou
     time        how many steps came before this one
 
     Returns (N, outputs). No checks: the caller is WaveNet. All tensors contiguous, of one type, float32 or float64. In float32 on
-    the CPU the bits are those of causal_conv1d at that position.
+    the CPU the bits are those of causal_conv1d at that position. A kernel exists on the CPU alone: tensors on other devices take the
+    reference, about ten of torch's operations a layer, within rounding the same.
     """
     return _op(x, past, weights, condition, dilations, taps, gate, skip, outputs, time)
 

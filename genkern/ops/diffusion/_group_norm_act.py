@@ -29,8 +29,8 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     mean is its origin, and tiles merge in double precision.
 
     x               (N, C, ...), for example (N, C, H, W) or (N, C, L); or a list [x1, x2] of two such tensors, normalised as their
-                    concatenation along the channels, which is never written. Each sample is read in place where it is contiguous;
-                    other layouts, channels_last among them, are copied first. The result is contiguous
+                    concatenation along the channels, which is never written. Read in place where each sample is contiguous, or
+                    all of x channels_last (channels_last_3d), as the result is then too; other layouts are copied first
     groups          number of groups, a divisor of C
     weight, bias    (C,)
     pre_bias, scale, shift
@@ -41,6 +41,13 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if an input is), returned in the type of x.
     TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
     """
+    if activation in (None, "silu") and _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
+        arguments = x, None, weight, bias, pre_bias, scale, shift, groups, float(eps), activation == "silu"
+        if out is None:
+            return _op(*arguments)
+        _out_op(*arguments, out)
+        torch.autograd.graph.increment_version([out])
+        return out
     op = "group_norm_act"
     inputs = list(x) if isinstance(x, (list, tuple)) else [x]
     if len(inputs) not in (1, 2):
@@ -66,6 +73,10 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
             check_device(op, name, tensor, "x", x)
     check_choice(op, "activation", activation, (None, "silu"))
     tensors = same_precision((x, x2, weight, bias, pre_bias, scale, shift))
+    if out is None and all(_is_channels_last(tensor) for tensor in inputs):
+        pixels_first = lambda t: None if t is None else t.movedim(1, -1).flatten(1, -2)  # a view: (N, pixels, C)
+        y = _channels_last_op(*map(pixels_first, tensors[:2]), *tensors[2:], groups, float(eps), activation == "silu")
+        return y.unflatten(1, x.shape[2:]).movedim(-1, 1)
     if out is None:
         return _op(*tensors, groups, float(eps), activation == "silu")
     check_float(op, "out", out)
@@ -83,6 +94,42 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     _out_op(*(None if t is None else t.detach() for t in tensors), groups, float(eps), activation == "silu", out)
     torch.autograd.graph.increment_version([out])
     return out
+
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
+    """Whether at a glance everything is as it must be: in a small call the checks take more time than the kernel.
+
+    What this turns down goes through the checks that say what is wrong, and may well be accepted there.
+    """
+    if not (type(x) is torch.Tensor and type(groups) is int and x.dtype in _NARROW):
+        return False
+    shape, device = x.shape, x.device
+    if not (len(shape) >= 2 and groups > 0 and shape[1] % groups == 0):
+        return False
+    for t, dims in ((weight, shape[1:2]), (bias, shape[1:2]), (pre_bias, shape[:2]), (scale, shape[:2]), (shift, shape[:2])):
+        if t is not None and not (isinstance(t, torch.Tensor) and t.shape == dims and t.dtype in _NARROW and t.device == device):
+            return False
+    if out is None:
+        return not _is_channels_last(x)
+    if torch.compiler.is_compiling() or not (type(out) is torch.Tensor and out.shape == shape and out.dtype in _NARROW):
+        return False
+    if out.device != device or out.requires_grad or not out.is_contiguous():
+        return False
+    begin = out.data_ptr()
+    end = begin + out.nbytes
+    for t in (x, weight, bias, pre_bias, scale, shift):
+        if t is not None and t is not out:
+            at = t.data_ptr()
+            if t.requires_grad or not t.is_contiguous() or (at < end and begin < at + t.nbytes):
+                return False
+    return True
+
+
+def _is_channels_last(x):  # torch's own question about a memory format cannot be asked inside vmap
+    return not x.is_contiguous() and x.dim() > 2 and x.movedim(1, -1).is_contiguous()
 
 
 def _reference(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
@@ -118,6 +165,26 @@ _op = Op(
 )
 
 
+def _reference_channels_last(x, x2, *rest):
+    y = _reference(x.movedim(-1, 1), None if x2 is None else x2.movedim(-1, 1), *rest)
+    return y.movedim(1, -1).contiguous()
+
+
+def _fake_channels_last(x, x2, *rest):
+    channels = x.shape[2] + (0 if x2 is None else x2.shape[2])
+    return x.new_empty((*x.shape[:2], channels), dtype=promoted(x, x2))
+
+
+_channels_last_op = Op(
+    "group_norm_act_channels_last",
+    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+    "bool silu) -> Tensor",
+    reference=_reference_channels_last,
+    fake=_fake_channels_last,
+    differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
+)
+
+
 def _reference_out(*args):
     args[-1].copy_(_reference(*args[:-1]))
 
@@ -143,6 +210,16 @@ def _of_one_or_two(x, groups, x2=None, **options):
     return group_norm_act(x if x2 is None else [x, x2], groups, **options)
 
 
+def _to_channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def group_norm_act_channels_last(x, groups, x2=None, **options):
+    """group_norm_act of images in that layout, for cases."""
+    x, x2 = (t if t is None else _to_channels_last(t) for t in (x, x2))
+    return group_norm_act(x if x2 is None else [x, x2], groups, **options)
+
+
 def _eager(x, groups, weight, bias):
     return F.silu(F.group_norm(x, groups, weight, bias))
 
@@ -155,6 +232,11 @@ def _arguments(make, shape):
 def _adaptive(make, shape):
     conditions = {name: make(shape[:2]) for name in ("pre_bias", "scale", "shift")}
     return _arguments(make, shape) | conditions
+
+
+def _images(make, shape):
+    arguments = _arguments(make, shape)
+    return arguments | {"x": _to_channels_last(arguments["x"])}
 
 
 def _two_inputs(make, shape):  # C + 2C channels in two groups, which x2 begins inside
@@ -175,6 +257,20 @@ CASES = (
         bytes=lambda shape, size: 3 * size * math.prod(shape),
         bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
         bench_shapes=((8, 32, 8, 8), (16, 64, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32), (1, 128, 256, 256)),
+        bench_variant={"activation": "silu"},
+    ),
+    Case(
+        group_norm_act_channels_last,
+        _images,
+        forms=(_two_inputs,),
+        shapes=((2, 6, 5, 7), (1, 4, 3, 521)),
+        small=(1, 2, 3, 1),
+        large=(3, 8, 61, 83),
+        variants=({"activation": "silu"},),
+        eager=_eager,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
+        bench_shapes=((2, 320, 64, 64), (2, 640, 32, 32)),
         bench_variant={"activation": "silu"},
     ),
     Case(

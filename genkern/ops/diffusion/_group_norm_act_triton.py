@@ -227,6 +227,27 @@ def group_norm_act(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, sil
     return y
 
 
+def channel_gradients(sums, rstd, weight, bias, scale, groups, pixels):
+    """(means (2, N, C) of a dz and a dz xhat over the group of each channel, {parameter: its gradient, when called}), all float64.
+
+    sums (3, N, C) of dz, dz xhat and xhat over the pixels, rstd (N, C).
+    """
+    dz, product, xhat = sums
+    wide = lambda t, absent: torch.full((), absent, dtype=torch.float64, device=dz.device) if t is None else t.double()
+    gain, w, b = 1 + wide(scale, 0.0), wide(weight, 1.0), wide(bias, 0.0)
+    a, per_group = (gain * w).expand(dz.shape), dz.shape[1] // groups
+    over_groups = lambda t: t.unflatten(1, (groups, per_group)).sum(-1).repeat_interleave(per_group, 1) / (per_group * pixels)
+    means = torch.stack([over_groups(a * dz), over_groups(a * product)])
+    gradients = {
+        "weight": lambda: (gain * product).sum(0),
+        "bias": lambda: (gain * dz).sum(0),
+        "pre_bias": lambda: rstd * (a * dz - means[0] * pixels - means[1] * xhat),
+        "scale": lambda: w * product + b * dz,
+        "shift": lambda: dz,
+    }
+    return means, gradients
+
+
 @implements("triton", "group_norm_act_backward")
 def group_norm_act_backward(grad, x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
     given = (x, x2, weight, bias, pre_bias, scale, shift)
@@ -242,24 +263,15 @@ def group_norm_act_backward(grad, x, x2, weight, bias, pre_bias, scale, shift, g
             dy, *call.data, call.partial, sums, *strides, *call.sizes, call.eps, rows,
             SILU=silu, BLOCK=block, PIXELS=triton.cdiv(call.pixels, block) * block, **call.constants,
         )  # fmt: skip
-    dz, product, xhat, rstd = sums
-    wide = lambda t, absent: torch.full((), absent, dtype=torch.float64, device=x.device) if t is None else t.double()
-    gain, w, b = 1 + wide(scale, 0.0), wide(weight, 1.0), wide(bias, 0.0)
-    a = (gain * w).expand(call.n, call.channels)
-    over_groups = lambda t: t.reshape(call.n, groups, -1).sum(-1) / call.size
-    means = torch.stack([over_groups(a * dz), over_groups(a * product)], -1)
+    means, of = channel_gradients(sums[:3], sums[3], weight, bias, scale, groups, call.pixels)
+    means = means.view(2, call.n, groups, -1)[..., 0].permute(1, 2, 0).contiguous()
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, x2)]
     with torch.cuda.device_of(x):
         gradient_kernel[(call.programs,)](
             dy, *call.data, call.partial, means, *grads, *strides, *call.sizes, call.eps, SILU=silu, BLOCK=_BLOCK, **call.constants
         )
-    p, q = means.repeat_interleave(call.per_group, 1).unbind(-1)
-    of = {
-        "weight": lambda: (gain * product).sum(0),
-        "bias": lambda: (gain * dz).sum(0),
-        "pre_bias": lambda: rstd * (a * dz - p * call.pixels - q * xhat),
-        "scale": lambda: w * product + b * dz,
-        "shift": lambda: dz,
-    }
     named = zip(of, (weight, bias, pre_bias, scale, shift), strict=True)
     return [g for g in grads if g is not None] + [of[name]().to(t.dtype) for name, t in named if t is not None]
+
+
+from genkern.ops.diffusion import _group_norm_act_channels_last_triton  # noqa: E402, F401  # the other layout

@@ -72,10 +72,12 @@ def sampler_step(
                     then m (rescale std(c) / std(m) + 1 - rescale) (Lin et al., 2023, eq. 15, 16), per sample. g_u must be 1 - g_c
     learned_variance    model_output has twice the channels, the second half v: where x_0 or noise is told, the standard deviation
                     exp((v' log max + (1 - v') log min) / 2), v' = (v + 1) / 2, multiplies the noise (Nichol & Dhariwal, 2021, eq. 15);
-                    the table ends in two more columns, log min and log max. Under guidance v is that of c
+                    the table ends in two more columns, log min and log max; with -1 and 1 v is the logarithm itself. Under guidance
+                    v is that of c
     next_input      also return the next model input, of the shape and type of model_output
     out, history_out, input_out     where to write x', h' and input' instead of new tensors; contiguous rows. They may be x and the
-                    last history term themselves, so that a step allocates nothing
+                    last history term themselves, so that a step allocates nothing. input_out may have the shape of x under guidance
+                    too: written once
 
     Returns x', or a tuple (x'[, h'][, input']). float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if a
     tensor is). x' has the type of x, h' of h1. No gradient. TypeError, ValueError on anything else.
@@ -111,7 +113,8 @@ def sampler_step(
         shape = x.shape
         _check_output("out", out, shape, x)
         _check_output("history_out", history_out, shape, h1)
-        _check_output("input_out", input_out, (model_output.shape[0], *shape[1:]), model_output)
+        once = input_out is not None and input_out.shape == shape
+        _check_output("input_out", input_out, shape if once else (model_output.shape[0], *shape[1:]), model_output)
     if draws:
         key = random.key_for("sampler_step", key, generator, x)
     named = {"out": out, "history_out": history_out, "input_out": input_out}
@@ -188,7 +191,7 @@ def _plain(x, model_output, table, step, h1, h2, h3, noise, out, history_out, in
         return False
     for t in (h1, h2, h3, noise, out, history_out, input_out):
         if t is not None and not (
-            type(t) is torch.Tensor and t.shape == (of_model if t is input_out else shape) and t.dtype in _NARROW
+            type(t) is torch.Tensor and (t.shape == shape or (t is input_out and t.shape == of_model)) and t.dtype in _NARROW
             and t.device == device and t.is_contiguous() and not t.requires_grad
         ):  # fmt: skip
             return False

@@ -104,10 +104,10 @@ def step_kernel(
         y = tl.where(y > limit, limit, y) / limit
     EPS: tl.constexpr = (noise is not None) or (key is not None)
     new = _combination(table, at + 4, row_mask, value, m, y, eps, a, b, older, EPS, HISTORY)
-    if HISTORY > 0:
+    if history_out is not None:
         kept = _combination(table, at + 8 + HISTORY, row_mask, value, m, y, eps, a, b, older, EPS, HISTORY)
     tl.store(out + row * out_stride + column, new, mask=mask)
-    if HISTORY > 0:
+    if history_out is not None:
         tl.store(history_out + row * history_out_stride + column, kept, mask=mask)
     if input_u is not None:
         scaled = new * _coefficient(table, at + 12 + 2 * HISTORY, row_mask, new)

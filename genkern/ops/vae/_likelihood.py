@@ -85,13 +85,14 @@ def _check(op, x, **parameters):
         check_like(op, other, tensor, name, first)
 
 
-def _alike(*tensors):
+def _alike(first, *others):
     """The usual case, seen at once: at small sizes the checks are a good part of the call."""
-    first = tensors[0]
-    for x in tensors:
+    if not isinstance(first, torch.Tensor) or first.dtype not in FLOATS or first.dim() == 0:
+        return False
+    for x in others:
         if not isinstance(x, torch.Tensor) or x.dtype is not first.dtype or x.shape != first.shape or x.device != first.device:
             return False
-    return first.dtype in FLOATS and first.dim() > 0
+    return True
 
 
 def _run(op, x, *args):

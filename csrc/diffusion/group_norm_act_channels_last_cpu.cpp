@@ -1,0 +1,339 @@
+// group_norm_act on the CPU where the channels lie innermost (torch.channels_last): x is (samples, pixels, channels). A part is a
+// run of pixels of one sample. Parts are cut by the shape alone, and what they add up merges in their order, so results do not
+// depend on the number of threads. The statistics take each tile's own mean as origin and merge in double, as those of the other
+// layout.
+#include <memory>
+
+#include "group_norm_act_cpu.h"
+
+namespace gk {
+namespace {
+
+constexpr int64_t kTileElements = 1 << 15, kTilePixels = 64;  // a tile stays in L2, and its sums in float stay short
+constexpr int64_t kPartElements = 1 << 16;
+
+// How the pixels of a sample are cut, and what a thread needs to look at a tile of them.
+template <class S>
+class Parts {
+ public:
+  explicit Parts(const GroupNorm& j)
+      : job(j),
+        tile(std::clamp<int64_t>(kTileElements / j.channels, 1, kTilePixels)),
+        per_part(std::max<int64_t>(1, kPartElements / (tile * j.channels)) * tile),
+        count((j.pixels + per_part - 1) / per_part) {}
+
+  // memory that costs nothing until it is used
+  static std::unique_ptr<S[]> room(int64_t n) { return std::unique_ptr<S[]>(new S[static_cast<size_t>(n)]); }
+  // run(sample, part) for all parts of all samples
+  template <class F>
+  void each(const F& run) const {
+    const int64_t share = std::max<int64_t>(1, kPartElements / (std::min(per_part, job.pixels) * job.channels));
+    torch::stable::parallel_for(0, job.samples * count, share, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; index++) run(index / count, index % count);
+    });
+  }
+  // f(first pixel, number of pixels) for the tiles of a part
+  template <class F>
+  void each_tile(int64_t part, const F& f) const {
+    const int64_t end = std::min(job.pixels, (part + 1) * per_part);
+    for (int64_t at = part * per_part; at < end; at += tile) f(at, std::min(tile, end - at));
+  }
+  // u = x + pre_bias of pixels [at, at + n), (n, channels): in place where it lies so, else in the buffer
+  const S* values(int64_t sample, int64_t at, int64_t n, S* buffer) const {
+    const int64_t channels = job.channels, of_x = job.channels_of_x;
+    const S* u = buffer;
+    if (job.x2.data) {
+      for (int64_t i = 0; i < n; i++) {
+        copy(job.x, sample, (at + i) * of_x, of_x, buffer + i * channels);
+        copy(job.x2, sample, (at + i) * (channels - of_x), channels - of_x, buffer + i * channels + of_x);
+      }
+    } else {
+      u = read(job.x, sample, at * channels, n * channels, buffer);
+    }
+    if (!job.pre_bias.data) return u;
+    const auto own = room(channels);
+    const S* pre = read(job.pre_bias, sample, 0, channels, own.get());
+    for (int64_t i = 0; i < n; i++)
+      each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
+        store_part(buffer + i * channels + c, load_part<V>(u + i * channels + c, k) + load_part<V>(pre + c, k), k);
+      });
+    return buffer;
+  }
+  // values (n, channels) of pixels [at, at + n) into two tensors
+  void put_values(const Array& first, const Array& second, int64_t sample, int64_t at, int64_t n, const S* from) const {
+    const int64_t channels = job.channels, of_x = job.channels_of_x;
+    for (int64_t i = at; i < at + n; i++, from += channels) {
+      paste(from, first, sample, i * of_x, of_x);
+      paste(from + of_x, second, sample, i * (channels - of_x), channels - of_x);
+    }
+  }
+
+  using V = VectorOf<S>;
+  const GroupNorm& job;
+  const int64_t tile, per_part, count;
+
+ private:
+  static void copy(const Array& from, int64_t sample, int64_t column, int64_t n, S* to) {
+    const S* piece = read(from, sample, column, n, to);
+    if (piece != to) std::copy(piece, piece + n, to);
+  }
+  static void paste(const S* from, const Array& to, int64_t sample, int64_t column, int64_t n) {
+    if (S* direct = place<S>(to, sample, column, nullptr))
+      std::copy(from, from + n, direct);
+    else
+      write(to, sample, column, from, n);
+  }
+};
+
+template <class S>
+void add_part(const Parts<S>& parts, int64_t sample, int64_t part, Moments* of_groups) {
+  using V = VectorOf<S>;
+  const GroupNorm& job = parts.job;
+  const int64_t channels = job.channels, per_group = job.channels_per_group();
+  const auto room = Parts<S>::room((parts.tile + 3) * channels);
+  S *const buffer = room.get(), *const origin = buffer + parts.tile * channels, *const sum = origin + channels,
+           *const square = sum + channels;
+  parts.each_tile(part, [&](int64_t at, int64_t n) {
+    const S* u = parts.values(sample, at, n, buffer);
+    const double count = static_cast<double>(n * per_group);
+    each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
+      V total = {};
+      for (int64_t i = 0; i < n; i++) total = total + load_part<V>(u + i * channels + c, k);
+      store_part(sum + c, total, k);
+    });
+    for (int64_t g = 0; g < job.groups; g++) {
+      double total = 0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) total += sum[c];
+      std::fill_n(origin + g * per_group, per_group, static_cast<S>(total / count));
+    }
+    each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
+      const V from = load_part<V>(origin + c, k);
+      V rest = {}, squares = {};
+      for (int64_t i = 0; i < n; i++) {
+        const V away = load_part<V>(u + i * channels + c, k) - from;
+        rest = rest + away;
+        squares = fma(away, away, squares);
+      }
+      store_part(sum + c, rest, k);
+      store_part(square + c, squares, k);
+    });
+    for (int64_t g = 0; g < job.groups; g++) {
+      double left = 0, squares = 0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) left += sum[c], squares += square[c];
+      of_groups[g].merge({count, origin[g * per_group] + left / count, squares - left * left / count});
+    }
+  });
+}
+
+template <class S>
+Statistics<S> statistics(const Parts<S>& parts, int64_t sample, int64_t group, const std::vector<Moments>& moments) {
+  const Moments* of = moments.data() + sample * parts.count * parts.job.groups + group;
+  Moments all = *of;
+  for (int64_t part = 1; part < parts.count; part++) all.merge(of[part * parts.job.groups]);
+  return {all, parts.job.eps};
+}
+
+// What a channel of one sample is multiplied by: z = a (u - centre) + b, xhat = (u - centre) rstd + offset.
+template <class S>
+struct Channels {
+  std::vector<S> centre, a, b, rstd, offset;
+
+  Channels(const Parts<S>& parts, int64_t sample, const std::vector<Moments>& moments) {
+    const GroupNorm& job = parts.job;
+    for (std::vector<S>* of : {&centre, &a, &b, &rstd, &offset}) of->resize(static_cast<size_t>(job.channels));
+    for (int64_t g = 0; g < job.groups; g++) {
+      const Statistics<S> s = statistics(parts, sample, g, moments);
+      for (int64_t c = g * job.channels_per_group(); c < (g + 1) * job.channels_per_group(); c++) {
+        const Affine<S> affine(job, s, sample, c);
+        const auto at = static_cast<size_t>(c);
+        centre[at] = s.centre(), rstd[at] = static_cast<S>(s.rstd), offset[at] = static_cast<S>(-s.rest() * s.rstd);
+        a[at] = static_cast<S>(affine.a), b[at] = static_cast<S>(affine.b);
+      }
+    }
+  }
+};
+
+template <class S>
+std::vector<Moments> moments_of_parts(const Parts<S>& parts) {
+  const GroupNorm& job = parts.job;
+  std::vector<Moments> moments(static_cast<size_t>(job.samples * parts.count * job.groups));
+  parts.each([&](int64_t sample, int64_t part) {
+    add_part(parts, sample, part, moments.data() + (sample * parts.count + part) * job.groups);
+  });
+  return moments;
+}
+
+template <class S>
+std::vector<Channels<S>> channels_of_samples(const Parts<S>& parts, const std::vector<Moments>& moments) {
+  std::vector<Channels<S>> of;
+  for (int64_t sample = 0; sample < parts.job.samples; sample++) of.emplace_back(parts, sample, moments);
+  return of;
+}
+
+template <class S, bool kSilu>
+void forward(const GroupNorm& job) {
+  using V = VectorOf<S>;
+  const Parts<S> parts(job);
+  const std::vector<Channels<S>> of_samples = channels_of_samples(parts, moments_of_parts(parts));
+  const int64_t channels = job.channels;
+  parts.each([&](int64_t sample, int64_t part) {
+    const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
+    const auto room = Parts<S>::room(2 * parts.tile * channels);
+    parts.each_tile(part, [&](int64_t at, int64_t n) {
+      const S* u = parts.values(sample, at, n, room.get());
+      S* const out_buffer = room.get() + parts.tile * channels;
+      S* const out = place(job.y, sample, at * channels, out_buffer);
+      for (int64_t i = 0; i < n; i++)
+        each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
+          const V centred = load_part<V>(u + i * channels + c, k) - load_part<V>(&of.centre[c], k);
+          V z = fma(load_part<V>(&of.a[c], k), centred, load_part<V>(&of.b[c], k));
+          if constexpr (kSilu) z = silu(z);
+          store_part(out + i * channels + c, z, k);
+        });
+      if (out == out_buffer) write(job.y, sample, at * channels, out, n * channels);
+    });
+  });
+}
+
+template <class S, bool kSilu>
+void backward(const GroupNorm& job, const GroupNormGradients& d) {
+  using V = VectorOf<S>;
+  const Parts<S> parts(job);
+  const std::vector<Moments> moments = moments_of_parts(parts);
+  const std::vector<Channels<S>> of_samples = channels_of_samples(parts, moments);
+  const int64_t channels = job.channels, per_group = job.channels_per_group(), rows = job.samples * channels;
+  const auto dz_of = [](V dy, V centred, V a, V b) GK_INLINE {
+    if constexpr (kSilu)
+      return dy * silu_derivative(fma(a, centred, b));
+    else
+      return dy;
+  };
+  // dz stands in the gradient of x until that is written, unless that is in two pieces or of another type.
+  const bool kept = kSilu && !d.x2.data && place<S>(d.x, 0, 0, nullptr) != nullptr;
+  // Sums per channel of dz, dz xhat and xhat, of each part and then of each sample.
+  std::vector<double> of_parts(static_cast<size_t>(job.samples * parts.count * 3 * channels));
+  parts.each([&](int64_t sample, int64_t part) {
+    const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
+    double* const sums = of_parts.data() + (sample * parts.count + part) * 3 * channels;
+    const auto room = Parts<S>::room((2 * parts.tile + 3) * channels);
+    S* const tile_sums = room.get() + 2 * parts.tile * channels;
+    parts.each_tile(part, [&](int64_t at, int64_t n) {
+      const S* u = parts.values(sample, at, n, room.get());
+      const S* dy = read(d.grad, sample, at * channels, n * channels, room.get() + parts.tile * channels);
+      S* const dz_of_tile = kept ? place<S>(d.x, sample, at * channels, nullptr) : nullptr;
+      each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
+        const V centre = load_part<V>(&of.centre[c], k), a = load_part<V>(&of.a[c], k), b = load_part<V>(&of.b[c], k);
+        const V rstd = load_part<V>(&of.rstd[c], k), offset = load_part<V>(&of.offset[c], k);
+        V total = {}, total_xhat = {}, total_of_xhat = {};
+        for (int64_t i = 0; i < n; i++) {
+          const V centred = load_part<V>(u + i * channels + c, k) - centre, xhat = fma(centred, rstd, offset);
+          const V dz = dz_of(load_part<V>(dy + i * channels + c, k), centred, a, b);
+          if (dz_of_tile) store_part(dz_of_tile + i * channels + c, dz, k);
+          total = total + dz;
+          total_xhat = fma(dz, xhat, total_xhat);
+          total_of_xhat = total_of_xhat + xhat;
+        }
+        store_part(tile_sums + c, total, k);
+        store_part(tile_sums + channels + c, total_xhat, k);
+        store_part(tile_sums + 2 * channels + c, total_of_xhat, k);
+      });
+      for (int64_t c = 0; c < 3 * channels; c++) sums[c] += tile_sums[c];
+    });
+  });
+  double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + rows, *const sum_xhat = d.sums + 2 * rows;
+  std::fill(d.sums, d.sums + 3 * rows, 0.0);
+  for (int64_t index = 0; index < job.samples * parts.count; index++)
+    for (int64_t i = 0; i < 3; i++)
+      for (int64_t c = 0; c < channels; c++)
+        d.sums[i * rows + index / parts.count * channels + c] += of_parts[static_cast<size_t>((index * 3 + i) * channels + c)];
+  // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat, with g = dz gain weight
+  std::vector<S> p(static_cast<size_t>(rows)), q(static_cast<size_t>(rows));
+  for (int64_t sample = 0; sample < job.samples; sample++)
+    for (int64_t g = 0; g < job.groups; g++) {
+      const Statistics<S> s = statistics(parts, sample, g, moments);
+      const double size = static_cast<double>(per_group * job.pixels);
+      double mean_g = 0, mean_g_xhat = 0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
+        const Affine<S> affine(job, s, sample, c);
+        const int64_t row = sample * channels + c;
+        mean_g += affine.gain * affine.weight * sum_dz[row] / size;
+        mean_g_xhat += affine.gain * affine.weight * sum_dz_xhat[row] / size;
+      }
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
+        const Affine<S> affine(job, s, sample, c);
+        const int64_t row = sample * channels + c;
+        const auto at = static_cast<size_t>(row);
+        p[at] = static_cast<S>(s.rstd * mean_g), q[at] = static_cast<S>(s.rstd * mean_g_xhat);
+        put(d.shift, row, sum_dz[row]);
+        put(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
+        const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[row];
+        put(d.pre_bias, row, affine.a * sum_dz[row] - s.rstd * of_pixels);
+      }
+    }
+  put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
+  parts.each([&](int64_t sample, int64_t part) {
+    const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
+    const S *const p_row = p.data() + sample * channels, *const q_row = q.data() + sample * channels;
+    const auto room = Parts<S>::room(3 * parts.tile * channels);
+    parts.each_tile(part, [&](int64_t at, int64_t n) {
+      const S* u = parts.values(sample, at, n, room.get());
+      const S* dy = kept ? place<S>(d.x, sample, at * channels, nullptr)
+                         : read(d.grad, sample, at * channels, n * channels, room.get() + parts.tile * channels);
+      S* const out_buffer = room.get() + 2 * parts.tile * channels;
+      S* const out = d.x2.data ? out_buffer : place(d.x, sample, at * channels, out_buffer);
+      const auto finish = [&](auto again) GK_INLINE {
+        for (int64_t i = 0; i < n; i++)
+          each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
+            const V centred = load_part<V>(u + i * channels + c, k) - load_part<V>(&of.centre[c], k);
+            const V xhat = fma(centred, load_part<V>(&of.rstd[c], k), load_part<V>(&of.offset[c], k));
+            const V a = load_part<V>(&of.a[c], k);
+            V dz = load_part<V>(dy + i * channels + c, k);
+            if constexpr (again()) dz = dz_of(dz, centred, a, load_part<V>(&of.b[c], k));
+            store_part(out + i * channels + c, fma(a, dz, -load_part<V>(p_row + c, k)) - load_part<V>(q_row + c, k) * xhat, k);
+          });
+      };
+      kept ? finish(std::false_type{}) : finish(std::true_type{});
+      if (d.x2.data)
+        parts.put_values(d.x, d.x2, sample, at, n, out);
+      else if (out == out_buffer)
+        write(d.x, sample, at * channels, out, n * channels);
+    });
+  });
+}
+
+Tensor group_norm_act_channels_last(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
+                                    MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), call.job.channels}, group_norm_type(x, x2));
+  if (call.empty()) return y;
+  call.job.y = Rows(y).array();
+  const auto run = call.is_double() ? (silu ? forward<double, true> : forward<double, false>)
+                                    : (silu ? forward<float, true> : forward<float, false>);
+  run(call.job);
+  return y;
+}
+
+std::vector<Tensor> group_norm_act_channels_last_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight,
+                                                          MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
+                                                          MaybeTensor shift, int64_t groups, double eps, bool silu) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
+  GroupNormGradientCall back(grad, call.job);
+  const GroupNormGradients& d = back.add_all(x, x2, weight, bias, pre_bias, scale, shift);
+  if (call.empty()) {
+    for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
+    return back.gradients;
+  }
+  const auto run = call.is_double() ? (silu ? backward<double, true> : backward<double, false>)
+                                    : (silu ? backward<float, true> : backward<float, false>);
+  run(call.job, d);
+  return back.gradients;
+}
+
+}  // namespace
+
+GENKERN_LIBRARY(m) {
+  m.impl("_group_norm_act_channels_last", TORCH_BOX(&group_norm_act_channels_last));
+  m.impl("_group_norm_act_channels_last_backward", TORCH_BOX(&group_norm_act_channels_last_backward));
+}
+
+}  // namespace gk
