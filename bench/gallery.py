@@ -53,7 +53,7 @@ PARTS = {  # name of the model: (data, settings beside its defaults, of Training
     "pixel-rnn": ("digits", {}),
     "pixel-cnnpp": ("photos", {"width": 16, "epochs": 4, "learning_rate": 3e-3}),
     "char-lstm": ("topics", {}),
-    "gpt": ("topics", {"epochs": 3}),
+    "gpt": ("topics", {}),
     "wave-net": ("plucks", {}),
 }
 

@@ -27,7 +27,15 @@ from genkern.models import Glow, Training
 
 FOLDER = Path(__file__).parent / "results"
 PARTS = {
-    "photos": {"scales": 3, "steps": 4, "width": 48, "transform": "center", "epochs": 6},
+    "photos": {
+        "scales": 4,
+        "steps": 6,
+        "width": 32,
+        "positions": False,
+        "transform": "center",
+        "epochs": 14,
+        "batch_size": 32,
+    },
     "digits": {"classes": 10},
 }
 

@@ -292,7 +292,7 @@ def _settings(model, training):
         raise TypeError(f"fit: no setting {', '.join(unknown)}; Training has {', '.join(sorted(known))}")
     s = dataclasses.replace(defaults, **training)
     checks = {
-        "epochs": s.epochs >= 0,
+        "epochs": s.epochs >= 1,
         "batch_size": s.batch_size >= 1,
         "learning_rate": s.learning_rate >= 0,
         "warmup": s.warmup >= 0,

@@ -1,4 +1,4 @@
-"""nflows on genkern's kernels: rational-quadratic splines and affine couplings.
+"""nflows on genkern's kernels: rational-quadratic splines, the layers made of them, and affine couplings.
 
     import genkern.integrations.nflows as fused
     fused.patch()        # every nflows spline and affine coupling, existing models too
@@ -7,6 +7,9 @@
 Or call fused.rational_quadratic_spline and fused.unconstrained_rational_quadratic_spline, with the names, arguments, errors and
 conventions of nflows.transforms.splines. Cubic, quadratic and linear splines stay nflows' own.
 """
+
+import functools
+import math
 
 from nflows import transforms
 from nflows.transforms import splines
@@ -27,6 +30,7 @@ def patch():
     ]
     coupling = transforms.coupling.AffineCouplingTransform
     changes += [(coupling, "_coupling_transform_forward", _forward), (coupling, "_coupling_transform_inverse", _inverse)]
+    changes += [(_SPLINE_COUPLING, "_piecewise_cdf", _piecewise_cdf), (_SPLINE_LAYER, "_elementwise", _elementwise)]
     patched("nflows", changes)
 
 
@@ -50,3 +54,38 @@ def _forward(self, inputs, transform_params):
 
 def _inverse(self, inputs, transform_params):
     return _affine(self, inputs, transform_params, True)
+
+
+# The layers cut the network's output into three and divide two of them in place, which costs more than the spline when autograd has to
+# follow: several passes over the whole output for each. Here it is divided by one vector and split.
+
+_SPLINE_COUPLING = transforms.coupling.PiecewiseRationalQuadraticCouplingTransform
+_SPLINE_LAYER = transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+_their_piecewise_cdf = _SPLINE_COUPLING._piecewise_cdf
+
+
+def _piecewise_cdf(self, inputs, transform_params, inverse=False):
+    net = self.transform_net
+    size = getattr(net, "hidden_features", None) or getattr(net, "hidden_channels", None)
+    if size is None or transform_params.shape[-1] < 2 * self.num_bins:
+        return _their_piecewise_cdf(self, inputs, transform_params, inverse)  # which warns
+    return _split_spline(self, inputs, transform_params, size, inverse)
+
+
+def _elementwise(self, inputs, autoregressive_params, inverse=False):
+    params = autoregressive_params.view(*inputs.shape[:2], self._output_dim_multiplier())
+    y, log_det = _split_spline(self, inputs, params, getattr(self.autoregressive_net, "hidden_features", None), inverse)
+    return y, log_det.flatten(1).sum(1)
+
+
+def _split_spline(self, inputs, params, size, inverse):
+    bins, numbers = self.num_bins, params.shape[-1]
+    if size is not None:  # logits are divided by the square root of the network's width
+        divisors = params.new_full((numbers,), math.sqrt(size))
+        divisors[2 * bins :] = 1
+        params = params / divisors
+    function = rational_quadratic_spline
+    if self.tails is not None:
+        function = functools.partial(unconstrained_rational_quadratic_spline, tails=self.tails, tail_bound=self.tail_bound)
+    minima = {name: getattr(self, name) for name in ("min_bin_width", "min_bin_height", "min_derivative")}
+    return function(inputs, *params.split([bins, bins, numbers - 2 * bins], -1), inverse=inverse, **minima)

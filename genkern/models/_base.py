@@ -188,6 +188,11 @@ def load(folder):
     return MODELS[name].from_pretrained(folder)
 
 
+def check_tensor(name, inputs):
+    if not isinstance(inputs, torch.Tensor):
+        raise TypeError(f"{name}: inputs must be a tensor, got {type(inputs).__name__}")
+
+
 def ink(images, levels):
     """Images as numbers in [0, 1]: uint8 0..levels are divided by levels, float in [-1, 1] is moved and halved.
 

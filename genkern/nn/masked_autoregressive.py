@@ -36,10 +36,11 @@ class MADE(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x, context=None):
+        condition = self._condition(context)
         for i, layer in enumerate(self.layers):
             x = ops.masked_linear(x, layer.weight, getattr(self, f"mask{i}"), layer.bias)
-            if i == 0 and self.condition is not None:
-                x = x + self.condition(context)
+            if i == 0 and condition is not None:
+                x = x + condition
             if i + 1 < len(self.layers):
                 x = F.relu(x)
         return x
@@ -47,8 +48,16 @@ class MADE(nn.Module):
     def generate(self, element, n, context=None):
         """(x (n, features), outputs), x_d = element(d, the outputs about feature d), at about the cost of one pass; no gradient."""
         layers = [(layer.weight, layer.bias) for layer in self.layers]
-        bias = None if self.condition is None else self.condition(context)
+        bias = self._condition(context)
         return ops.made_inverse(element, n, layers, self.degrees, layout=self.layout, bias_of_sample=bias)
+
+    def _condition(self, context):
+        """What the context adds to the first hidden layer (N, width), None without one."""
+        features = 0 if self.condition is None else self.condition.in_features
+        got = 0 if context is None else context.shape[-1]
+        if got != features:
+            raise ValueError(f"MADE: made for a context of {features} features, got one of {got}")
+        return None if context is None else self.condition(context)
 
 
 class MaskedAutoregressive(nn.Module):

@@ -303,3 +303,13 @@ def test_autoregressive_layers_both_ways_with_and_without_gradients(bins):
     if bins is None:
         jacobian = torch.autograd.functional.jacobian(of, x[0])  # (2, feature, input)
         assert (jacobian.triu() == 0).all() and (jacobian.tril(-1) != 0).any()
+
+
+def test_a_masked_network_takes_the_context_it_was_made_for():
+    x, c = torch.randn(2, 3), torch.randn(2, 4)
+    for features, context in ((0, c), (4, None), (4, c[:, :3])):
+        network = MADE(3, 1, (8,), features)
+        with pytest.raises(ValueError, match=f"a context of {features} features, got one of"):
+            network(x, context)
+        with pytest.raises(ValueError, match=f"a context of {features} features, got one of"):
+            network.generate(lambda d, params: params[:, 0], 2, context)

@@ -109,6 +109,63 @@ def test_a_patched_nflows_flow_and_back():
         assert not genkern.stats()
 
 
+@pytest.mark.parametrize("kind", ["coupling", "autoregressive"])
+@pytest.mark.parametrize("tails", ["linear", None])
+def test_the_spline_layers_of_nflows(kind, tails):
+    """Gradients of the inputs, the context and the weights too."""
+    transforms = pytest.importorskip("nflows.transforms")
+    from nflows.nn.nets import ResidualNet
+
+    from genkern.integrations import nflows as fused
+
+    torch.manual_seed(0)
+    options = {"num_bins": BINS, "tails": tails, "tail_bound": 2.0}
+    if kind == "coupling":
+        net = lambda i, o: ResidualNet(i, o, hidden_features=16, num_blocks=1, context_features=2)
+        layer = transforms.PiecewiseRationalQuadraticCouplingTransform(torch.tensor([1, 0, 1, 0]), net, **options)
+    else:
+        kind = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+        layer = kind(4, 16, context_features=2, num_blocks=1, **options)
+    x = torch.randn(64, 4) if tails else torch.rand(64, 4)
+
+    def patched(function):
+        def run(*args):
+            fused.patch()
+            try:
+                return function(*args)
+            finally:
+                fused.unpatch()
+
+        return run
+
+    def forward(x, context, *weights):
+        y, log_det = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x, context))
+        return y, log_det.unsqueeze(1).expand_as(y)
+
+    names, weights = zip(*layer.named_parameters(), strict=True)
+    compare(patched(forward), forward, (x, torch.randn(64, 2), *(w.detach() for w in weights)))
+    genkern.reset_stats()
+    patched(forward)(x, torch.randn(64, 2), *weights)
+    assert genkern.stats()["rational_quadratic_spline", "cpu" if native("rational_quadratic_spline") else "reference"] == 1
+
+
+def test_a_spline_coupling_of_nflows_whose_network_has_no_width():
+    transforms = pytest.importorskip("nflows.transforms")
+    from genkern.integrations import nflows as fused
+
+    class Network(torch.nn.Linear):
+        def forward(self, x, context):
+            return super().forward(x)
+
+    layer, x = transforms.PiecewiseRationalQuadraticCouplingTransform([1, 0], Network, tails="linear"), torch.randn(8, 2)
+    fused.patch()
+    try:
+        with pytest.warns(UserWarning, match="not scaled"):
+            layer(x)
+    finally:
+        fused.unpatch()
+
+
 @pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"])
 def test_a_patched_normflows_coupling(scale_map):
     pytest.importorskip("normflows")

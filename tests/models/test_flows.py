@@ -27,17 +27,17 @@ POINT = {"shape": (3,), "levels": None}
 KINDS = {
     "glow": (Glow, GlowConfig(**IMAGE, scales=2, steps=2, width=8)),
     "glow-additive-full": (Glow, GlowConfig(**IMAGE, scales=1, steps=2, width=8, coupling="additive", plu=False, transform="logit")),
-    "glow-classes": (Glow, GlowConfig(**IMAGE, scales=1, steps=1, width=8, classes=3)),
+    "glow-classes": (Glow, GlowConfig(**IMAGE, scales=1, steps=1, width=8, classes=3, context=2)),
     "nice": (NICE, NICEConfig(**IMAGE, width=16, depth=2)),
     "nice-points": (NICE, NICEConfig(**POINT, width=16, depth=1, base="gaussian", classes=3)),
     "real-nvp": (RealNVP, RealNVPConfig(**IMAGE, width=8, blocks=1)),
-    "real-nvp-points": (RealNVP, RealNVPConfig(**POINT, width=8, couplings=4, classes=3)),
+    "real-nvp-points": (RealNVP, RealNVPConfig(**POINT, width=8, couplings=4, context=2)),
     "spline": (NeuralSplineFlow, NeuralSplineFlowConfig(**IMAGE, width=8, steps=1, bins=4)),
-    "spline-points": (NeuralSplineFlow, NeuralSplineFlowConfig(**POINT, width=8, steps=2, classes=3)),
-    "spline-autoregressive": (NeuralSplineFlow, NeuralSplineFlowConfig(**POINT, width=16, steps=2, autoregressive=True)),
+    "spline-points": (NeuralSplineFlow, NeuralSplineFlowConfig(**POINT, width=8, steps=2, context=2)),
+    "spline-autoregressive": (NeuralSplineFlow, NeuralSplineFlowConfig(**POINT, width=16, steps=2, autoregressive=True, context=2)),
     "maf": (MAF, MAFConfig(**IMAGE, hidden=(24, 24), steps=2)),
-    "maf-points": (MAF, MAFConfig(**POINT, hidden=(16,), steps=2, classes=3)),
-    "iaf-points": (IAF, IAFConfig(**POINT, hidden=(16, 16), classes=3)),
+    "maf-points": (MAF, MAFConfig(**POINT, hidden=(16,), steps=2, classes=3, context=2)),
+    "iaf-points": (IAF, IAFConfig(**POINT, hidden=(16, 16), classes=3, context=1)),
 }
 ALL = pytest.mark.parametrize("name", KINDS)
 
@@ -62,7 +62,11 @@ def data(model, n=6, dtype=torch.float32, discrete=False):
 
 
 def labels(model, n=6):
-    return {"labels": torch.arange(n) % 3} if model.config.classes else {}
+    """Labels, and a context, of a model that has them."""
+    known = {"labels": torch.arange(n) % 3} if model.config.classes else {}
+    if model.config.context:
+        known["context"] = torch.linspace(-1, 1, 20)[: n * model.config.context].view(n, model.config.context)
+    return known
 
 
 @ALL
@@ -98,7 +102,9 @@ def test_uint8_inputs_round_to_themselves_and_have_bits(name):
     x, condition, key = data(model, discrete=True), labels(model), genkern.random.key(5)
     with torch.no_grad():
         z, log_det = model.encode(x, key=key, **condition)
-        assert torch.equal(model._domain(model._decode(z, model._context(condition.get("labels"), len(x)))), x)
+        assert torch.equal(
+            model._domain(model._decode(z, model._context(condition.get("labels"), condition.get("context"), len(x)))), x
+        )
         bound = model._base_log_prob(z) + log_det
         torch.testing.assert_close(model.log_prob(x, key=key, **condition), bound)
         torch.testing.assert_close(model.bits_per_dim(x, key=key, **condition), -bound / (model.dimensions * math.log(2)))
@@ -129,7 +135,7 @@ def test_samples_and_files(name, tmp_path):
     torch.testing.assert_close(loaded.log_prob(x, key=key, **condition), model.log_prob(x, key=key, **condition), rtol=0, atol=0)
     between = loaded.interpolate(x[:2], x[2:4], steps=3, **{k: v[:2] for k, v in condition.items()})
     assert between.shape == (2, 3, *model.config.shape)
-    assert loaded.traverse(steps=3, rows=2).shape == (2, 3, *model.config.shape)
+    assert loaded.traverse(steps=3, rows=2, context=labels(model, 2).get("context")).shape == (2, 3, *model.config.shape)
 
 
 @pytest.mark.parametrize("kind, config", [
@@ -158,6 +164,57 @@ def test_a_trained_density_integrates_to_one(kind, config):
     with torch.no_grad():
         total = model.eval().log_prob(grid).double().exp().sum() * 0.02**2
     assert total == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("kind, config", [
+    (NeuralSplineFlow, NeuralSplineFlowConfig(shape=(2,), levels=None, width=32, steps=2, context=2)),
+    (MAF, MAFConfig(shape=(2,), levels=None, hidden=(32, 32), steps=2, context=2)),
+])  # fmt: skip
+def test_a_trained_density_follows_its_context(kind, config):
+    """x = (sin 2 c1, c0 c1) + 0.3 noise: the entropy of the noise is what a loss can reach, and the means move with c."""
+    mean = lambda c: torch.stack([(2 * c[:, 1]).sin(), c[:, 0] * c[:, 1]], 1)
+    torch.manual_seed(0)
+    model = kind(config).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        c = torch.randn(256, 2)
+        loss = model(mean(c) + 0.3 * torch.randn(256, 2), context=c).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    c = torch.randn(2000, 2)
+    x = mean(c) + 0.3 * torch.randn(2000, 2)
+    entropy = 1 + math.log(2 * math.pi * 0.09)
+    with torch.no_grad():
+        assert -model.log_prob(x, context=c).mean() == pytest.approx(entropy, abs=0.15)
+        assert (model.log_prob(x, context=c) - model.log_prob(x, context=c.flip(0))).mean() > 1.0
+    for one in torch.tensor([[1.0, 0.5], [-0.5, -1.0]]):
+        samples = model.sample(2000, context=one, key=genkern.random.key(0))
+        torch.testing.assert_close(samples.mean(0), mean(one[None])[0], rtol=0, atol=0.1)
+        torch.testing.assert_close(samples.std(0), torch.full((2,), 0.3), rtol=0, atol=0.07)
+
+
+def test_a_context_is_checked():
+    model, x = make("spline-points"), torch.zeros(4, 3)
+    for context, error, words in (
+        (None, ValueError, r"needs context \(4, 2\)"),
+        (torch.zeros(3, 2), ValueError, r"\(4, 2\), or \(2,\) for all, got \(3, 2\)"),
+        (torch.zeros(4, 2).long(), TypeError, "float tensor, got torch.int64"),
+    ):
+        with pytest.raises(error, match=words):
+            model.log_prob(x, context=context)
+    one = torch.tensor([0.3, -1.0])
+    assert torch.equal(model.log_prob(x, context=one), model.log_prob(x, context=one.double().expand(4, 2)))
+    assert model.interpolate(x[:2], x[2:], context=one, steps=3).shape == (2, 3, 3)
+    assert model.traverse(rows=2, steps=3, context=one).shape == (2, 3, 3)
+    with pytest.raises(ValueError, match="no context"):
+        make("maf").log_prob(torch.zeros(2, 1, 4, 4), context=one)
+    with pytest.raises(ValueError, match="context must be an int"):
+        MAF(MAFConfig(context=-1))
 
 
 @pytest.mark.parametrize("name, ops_of_it", [
@@ -202,6 +259,13 @@ def test_wrong_inputs_are_refused_in_words(change, error, words):
     x = torch.arange(17).repeat(2)[:32].view(2, 1, 4, 4).to(torch.uint8)
     with pytest.raises(error, match=words):
         make("glow").encode(change(x))
+
+
+def test_what_is_no_tensor_has_no_bits():
+    for name in ("glow", "maf-points"):
+        for of in ("bits_per_dim", "log_prob"):
+            with pytest.raises(TypeError, match="must be a tensor, got list"):
+                getattr(make(name), of)([1, 2])
 
 
 @ALL

@@ -151,6 +151,7 @@ def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     assert "did you mean 'toy-images'?" in refused(capsys, "train", "toy-imges", "--data", "digits", "--out", out)
     assert "did you mean 'digits'?" in refused(capsys, "train", "toy-images", "--data", "digit", "--out", out)
     assert "invalid int value: 'x'" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "x")
+    assert "epochs cannot be 0" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "0")
     assert "--bananas" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--bananas", "3")
     assert "schedule cannot be 'x'" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--schedule", "x")
     (tmp_path / "file").write_text("x")

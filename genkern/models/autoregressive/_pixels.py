@@ -60,7 +60,8 @@ class Pixels(Model):
 
     def bits_per_dim(self, batch, *, labels=None, key=None):
         """-log p / (values of an image ln 2): (N,)."""
-        return -self.log_prob(batch, labels=labels) / (batch.shape[1:].numel() * math.log(2))
+        nats = -self.log_prob(batch, labels=labels)
+        return nats / (batch.shape[1:].numel() * math.log(2))
 
     def predict(self, x, labels=None):
         """The parameters of every pixel's distribution, of x (N, C, H, W) in [-1, 1]: (N, head.outputs, H, W)."""

@@ -39,7 +39,8 @@ class Tokens:
 
     def bits_per_dim(self, batch, *, key=None):
         """-log p / (T ln 2): bits per token, (N,); of bytes, bits per character."""
-        return -self.log_prob(batch) / ((batch.shape[1] - (not self.starts)) * math.log(2))
+        nats = -self.log_prob(batch)
+        return nats / ((batch.shape[1] - (not self.starts)) * math.log(2))
 
     @torch.no_grad()
     def step(self, tokens, state=None):

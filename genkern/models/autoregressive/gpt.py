@@ -35,9 +35,7 @@ class GPT(Tokens, Model):
     """
 
     Config = GPTConfig
-    defaults = Training(
-        epochs=10, batch_size=32, learning_rate=2e-3, weight_decay=0.1, warmup=50, schedule="cosine", clip_grad_norm=1.0
-    )
+    defaults = Training(epochs=9, batch_size=16, learning_rate=3e-3, weight_decay=0.1, warmup=50, schedule="cosine", clip_grad_norm=1.0)
 
     @classmethod
     def config_for(cls, data, **settings):

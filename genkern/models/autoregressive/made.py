@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genkern import random
-from genkern.models._base import Model, Output, Training
+from genkern.models._base import Model, Output, Training, check_tensor
 from genkern.ops import made_inverse, made_masks, masked_linear, sample_tokens
 
 
@@ -79,6 +79,7 @@ class MADE(Model):
 
     def bits_per_dim(self, batch, *, key=None):
         """-log2 p(x) per input dimension, (N,); NaN for float inputs, whose p is a density."""
+        self._checked(batch)
         if self.config.levels is None:
             return batch.new_full((len(batch),), float("nan"))
         return -self.log_prob(batch) / (math.prod(self.config.shape) * math.log(2))
@@ -130,8 +131,9 @@ class MADE(Model):
 
     def _checked(self, x):
         c = self.config
-        if not isinstance(x, torch.Tensor) or tuple(x.shape[1:]) != tuple(c.shape):
-            raise ValueError(f"MADE: inputs must be (N, {', '.join(map(str, c.shape))}), got {tuple(getattr(x, 'shape', ()))}")
+        check_tensor("MADE", x)
+        if tuple(x.shape[1:]) != tuple(c.shape):
+            raise ValueError(f"MADE: inputs must be (N, {', '.join(map(str, c.shape))}), got {tuple(x.shape)}")
         if c.levels is None and not x.is_floating_point() or c.levels is not None and x.dtype != torch.uint8:
             expected = "float" if c.levels is None else f"uint8 in 0..{c.levels}"
             raise TypeError(f"MADE: inputs must be {expected}, got {x.dtype}")

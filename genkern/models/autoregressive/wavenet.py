@@ -122,6 +122,7 @@ class WaveNet(Model):
 
     def bits_per_dim(self, batch, *, key=None, labels=None, condition=None):
         """-log2 p(x) per sample of the sound, (N,), of its levels; NaN with head "gaussian", which has none."""
+        self._checked(batch)
         if self.config.head == "gaussian":
             return batch.new_full((len(batch),), float("nan"))
         return -self.log_prob(batch, labels=labels, condition=condition) / (batch.shape[2] * math.log(2))

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from genkern import ops, random
-from genkern.models._base import Model, Output, class_labels
+from genkern.models._base import Model, Output, check_tensor, class_labels
 
 TRANSFORMS = ("center", "logit")
 _ALPHA = 0.05  # logit(alpha + (1 - 2 alpha) v): what keeps the ends finite
+_EMBEDDED = 16  # features of a label
 
 
 @dataclass
@@ -23,6 +24,7 @@ class FlowConfig:
     shape: tuple = (1, 8, 8)  # of one input: (channels, height, width), or (features,)
     levels: int | None = 255  # uint8 inputs hold 0..levels; None: float inputs
     classes: int = 0  # labels 0..classes - 1 condition the model; 0: they are not used
+    context: int = 0  # so do vectors of as many numbers; 0: none
     transform: str = "logit"  # of v in [0, 1): "logit" of 0.05 + 0.9 v (RealNVP), or "center": v - 1/2 (Glow)
     backward: str = "store"  # or "invert" or "checkpoint": less memory in training (genkern.nn.InvertibleSequence)
 
@@ -31,6 +33,10 @@ class FlowModel(Model):
     """A flow of `levels`, each an InvertibleSequence. After each but the last, the second half of the channels leaves: it is done.
 
     A subclass builds self.levels. flat: images are seen as rows of numbers.
+
+    labels      (N,), or one int for all, where the model has classes: p(x | label)
+    context     (N, context), or (context,) for all, float, where it has a context, such as the observation of which a posterior is
+                wanted: p(x | context). The networks see it as it is given: numbers of about unit size serve them best
     """
 
     flat = False
@@ -52,23 +58,25 @@ class FlowModel(Model):
             raise ValueError(f"{name}: transform must be one of {', '.join(TRANSFORMS)}, got {c.transform!r}")
         if c.classes < 0:
             raise ValueError(f"{name}: classes must be at least 0, got {c.classes}")
-        self.context = 16 if c.classes else 0  # features of an embedded label
+        if type(c.context) is not int or c.context < 0:
+            raise ValueError(f"{name}: context must be an int of at least 0, got {c.context!r}")
+        self.context = (_EMBEDDED if c.classes else 0) + c.context  # features: an embedded label, then the numbers given
         if c.classes:
             self.conditions = ("labels",)
-            self.embedding = nn.Embedding(c.classes, self.context)
+            self.embedding = nn.Embedding(c.classes, _EMBEDDED)
         self.dimensions = math.prod(c.shape)
         self.bounded = c.levels is not None or len(c.shape) == 3  # inputs lie in an interval
 
-    def forward(self, batch, *, labels=None, key=None, generator=None):
+    def forward(self, batch, *, labels=None, context=None, key=None, generator=None):
         """.loss: -log_prob, the mean over the batch, in nats; .parts: bits_per_dim of uint8 inputs. key (2,) or (N, 2)."""
-        loss = -self.log_prob(batch, labels=labels, key=key, generator=generator).mean()
+        loss = -self.log_prob(batch, labels=labels, context=context, key=key, generator=generator).mean()
         discrete = self.config.levels is not None and not batch.is_floating_point()
         return Output(loss, {"bits_per_dim": loss.detach() / (self.dimensions * math.log(2))} if discrete else {})
 
-    def encode(self, x, *, labels=None, key=None, generator=None):
+    def encode(self, x, *, labels=None, context=None, key=None, generator=None):
         """(z, log_det): latents (N, D), of N(0, I) where the model is right, and log |det dz/dx| (N,). The key is of the
         dequantization of uint8 inputs."""
-        context = self._context(labels, len(x))
+        context = self._context(labels, context, len(x))
         x, log_det = self._continuous(x, key, generator)
         x = x.flatten(1) if self.flat else x
         parts = []
@@ -79,40 +87,42 @@ class FlowModel(Model):
                 parts.append(done.flatten(1))
         return torch.cat([*parts, x.flatten(1)], 1), log_det
 
-    def decode(self, z, *, labels=None):
+    def decode(self, z, *, labels=None, context=None):
         """The inputs of latents (N, D): float, images in about [-1, 1]; those of uint8 inputs lie between two levels."""
-        return self._data(self._decode(z, self._context(labels, len(z))))
+        return self._data(self._decode(z, self._context(labels, context, len(z))))
 
-    def log_prob(self, x, *, labels=None, samples=1, key=None, generator=None):
+    def log_prob(self, x, *, labels=None, context=None, samples=1, key=None, generator=None):
         """(N,) in nats: of float inputs the log-density; of uint8 inputs the dequantization bound of the log-probability, with
         samples > 1 the tighter importance-weighted one (the logarithm of the mean over as many draws of u)."""
+        check_tensor(type(self).__name__, x)
         if samples < 1:
             raise ValueError(f"{type(self).__name__}: samples must be at least 1, got {samples}")
         key = random.draw_key(generator, x.device) if key is None else key
         keys = [key] if samples == 1 else random.split(key, samples).unbind(-2)
         found = []
         for k in keys:
-            z, log_det = self.encode(x, labels=labels, key=k)
+            z, log_det = self.encode(x, labels=labels, context=context, key=k)
             found.append(self._base_log_prob(z) + log_det)
         return found[0] if samples == 1 else torch.stack(found).logsumexp(0) - math.log(samples)
 
     def bits_per_dim(self, x, **options):
         """-log_prob / (dimensions ln 2), (N,): an upper bound for uint8 inputs, NaN for float ones, which have a density only."""
+        check_tensor(type(self).__name__, x)
         if self.config.levels is None or x.is_floating_point():
             return torch.full((len(x),), math.nan)
         return -self.log_prob(x, **options) / (self.dimensions * math.log(2))
 
     @torch.no_grad()
-    def sample(self, n, *, labels=None, temperature=1.0, key=None, generator=None, batch_size=256):
+    def sample(self, n, *, labels=None, context=None, temperature=1.0, key=None, generator=None, batch_size=256):
         """n samples: uint8 in 0..levels, or float where the model is of float inputs.
 
-        labels          (n,), or one int for all, where the model has classes
+        labels, context as above: (n, ...), or one for all
         temperature     factor on the latents: below 1, samples nearer to the mode and less varied (Glow, section 6)
 
         Each has its own key, so sample i depends on (key, i), not on n or batch_size (up to the rounding of sums).
         """
         keys = self.sample_keys(n, key, generator, batch_size)
-        context = self._context(labels, n)
+        context = self._context(labels, context, n)
         samples = []
         for start in range(0, max(n, 1), batch_size):
             part = slice(start, start + batch_size)
@@ -121,22 +131,24 @@ class FlowModel(Model):
         return torch.cat(samples)
 
     @torch.no_grad()
-    def interpolate(self, a, b, *, labels=None, steps=9, key=None):
+    def interpolate(self, a, b, *, labels=None, context=None, steps=9, key=None):
         """Inputs between a and b, each (N, ...), through the latents: (N, steps, ...).
 
         The latents ((1 - w) z_a + w z_b) / sqrt((1 - w)^2 + w^2) keep the ends, and the variance of independent ones.
         """
         key = random.draw_key(None, a.device) if key is None else key
-        (first, _), (last, _) = (self.encode(x, labels=labels, key=k) for x, k in zip((a, b), random.split(key, 2), strict=True))
-        return self._between(first, last, labels, steps)
+        (first, _), (last, _) = (
+            self.encode(x, labels=labels, context=context, key=k) for x, k in zip((a, b), random.split(key, 2), strict=True)
+        )
+        return self._between(first, last, labels, context, steps)
 
     @torch.no_grad()
-    def traverse(self, *, steps=9, rows=8, temperature=0.7, key=None):
+    def traverse(self, *, steps=9, rows=8, temperature=0.7, context=None, key=None):
         """Samples on the way between two samples, a row for each pair, of one class where there are classes: (rows, steps, ...)."""
         keys = self.sample_keys(2 * rows, key)
         labels = torch.arange(rows, device=keys.device) % self.config.classes if self.config.classes else None
         first, last = (temperature * self._base_sample(keys)).chunk(2)
-        return self._between(first, last, labels, steps)
+        return self._between(first, last, labels, context, steps)
 
     # ---- what a subclass may change
 
@@ -171,10 +183,10 @@ class FlowModel(Model):
             shape = (shape[0] - shape[0] // 2, *shape[1:])
         return shapes
 
-    def _between(self, first, last, labels, steps):
+    def _between(self, first, last, labels, context, steps):
         w = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device).view(1, -1, 1)
         z = ((1 - w) * first.unsqueeze(1) + w * last.unsqueeze(1)) / torch.sqrt((1 - w) ** 2 + w**2)
-        context = self._context(labels, len(first))
+        context = self._context(labels, context, len(first))
         context = context if context is None else context.repeat_interleave(steps, 0)
         return self._domain(self._decode(z.flatten(0, 1), context)).unflatten(0, (-1, steps))
 
@@ -184,8 +196,7 @@ class FlowModel(Model):
     def _continuous(self, x, key, generator):
         """(y, log |det dy/dx|): inputs as the layers take them."""
         c, name = self.config, type(self).__name__
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: inputs must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if tuple(x.shape[1:]) != tuple(c.shape):
             raise ValueError(f"{name}: inputs must be (N, {', '.join(map(str, c.shape))}), got {tuple(x.shape)}")
         if x.dtype == torch.uint8 and c.levels is not None:
@@ -225,11 +236,28 @@ class FlowModel(Model):
             return ((x + 1) / 2 * (self.config.levels + 1)).floor().clamp(0, self.config.levels).to(torch.uint8)
         return x.clamp(-1, 1) if self.bounded else x
 
-    def _context(self, labels, n):
-        """The embedded labels (n, context), None for a model without classes."""
+    def _context(self, labels, context, n):
+        """What the networks see (n, self.context): the embedded labels and the numbers given; None for a model without either."""
         classes, name = self.config.classes, type(self).__name__
         if not classes:
             if labels is not None:
                 raise ValueError(f"{name}: this model has no classes: leave labels out")
+            return self._given(context, n)
+        embedded = self.embedding(class_labels(name, labels, n, classes, self.embedding.weight.device))
+        given = self._given(context, n)
+        return embedded if given is None else torch.cat([embedded, given], 1)
+
+    def _given(self, context, n):
+        """The context (n, features) in the model's type, checked; None for a model without one."""
+        name, features = type(self).__name__, self.config.context
+        if context is None and not features:
             return None
-        return self.embedding(class_labels(name, labels, n, classes, self.embedding.weight.device))
+        if not features:
+            raise ValueError(f"{name}: this model has no context: leave it out, or construct the model with context=features")
+        if context is None:
+            raise ValueError(f"{name}: a model with a context needs context ({n}, {features})")
+        if not isinstance(context, torch.Tensor) or not context.is_floating_point():
+            raise TypeError(f"{name}: context must be a float tensor, got {getattr(context, 'dtype', type(context).__name__)}")
+        if context.shape not in ((features,), (n, features)):
+            raise ValueError(f"{name}: context must be ({n}, {features}), or ({features},) for all, got {tuple(context.shape)}")
+        return context.to(self._dtype()).expand(n, -1)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genkern import random
-from genkern.models._base import Model, Output, Training, signed
+from genkern.models._base import Model, Output, Training, check_tensor, signed
 from genkern.ops import (
     bernoulli_nll,
     discretized_logistic_nll,
@@ -108,11 +108,13 @@ class VAE(Model):
     @torch.no_grad()
     def log_prob(self, images, *, samples=64, key=None, generator=None, **conditions):
         """Importance-sampled lower bound of log p(x) (Burda et al., 2016): (N,) in nats. With samples=1 it is the ELBO."""
+        check_tensor(type(self).__name__, images)
         key = random.draw_key(generator, images.device) if key is None else key
         return self._importance_bound(self._images(images), samples, key, **conditions)
 
     def bits_per_dim(self, images, **options):
         """-log_prob / (dimensions ln 2), (N,). NaN unless the likelihood is discretized: no other is a probability of the levels."""
+        check_tensor(type(self).__name__, images)
         if self.config.likelihood != "discretized_logistic":
             return torch.full((len(images),), math.nan)
         return -self.log_prob(images, **options) / (math.prod(images.shape[1:]) * math.log(2))
