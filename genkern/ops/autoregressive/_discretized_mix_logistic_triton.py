@@ -272,7 +272,9 @@ def sample_kernel(
 def _launch(kernel, params, colours, tensors, scalars, **constants):
     rows, pixels = params.shape[0], params.shape[2:].numel()
     if params.shape[1] * pixels >= 2**31:
-        raise RuntimeError(f"discretized_mix_logistic: {params.shape[1] * pixels} parameters a sample are too many for the triton backend")
+        raise RuntimeError(
+            f"discretized_mix_logistic: {params.shape[1] * pixels} parameters a sample are too many for the triton backend"
+        )
     tensors = [None if t is None else lanes.as_rows(t) for t in tensors]
     columns = _columns(pixels)
     tile_rows = _TILE // columns
@@ -319,7 +321,13 @@ def discretized_mix_logistic_sample(params, key, uniforms, channels, temperature
     out = params.new_empty((params.shape[0], channels, *params.shape[2:]), dtype=work)
     if out.numel():
         key = None if key is None else key.to(out.device).contiguous()
-        scalars = (temperature, 1 / temperature, min_log_scale, (levels - 1) / 2 if levels else 0.0, 2 / (levels - 1) if levels else 0.0)
+        scalars = (
+            temperature,
+            1 / temperature,
+            min_log_scale,
+            (levels - 1) / 2 if levels else 0.0,
+            2 / (levels - 1) if levels else 0.0,
+        )
         stride = 2 if key is not None and key.dim() == 2 else 0
         _launch(sample_kernel, params, channels, (params, uniforms, out), scalars, key=key, KEY_STRIDE=stride, DTYPE=dtype)
     return out
