@@ -56,7 +56,7 @@ def test_words(run, command, words, capsys, monkeypatch):
 
 def test_interrupted(tmp_path):
     pytest.importorskip("sklearn")
-    small = ["--width", "4", "--hidden", "16", "--save-every", "3"]
+    small = ["--width", "4", "--hidden", "16", "--save-every", "3", "--epochs", "1000"]  # by itself it would not end in time
     command = [sys.executable, "-m", "genkern", "train", "vae", "--data", "digits", *small, "--out", tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(Path(genkern.__file__).parent.parent)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
