@@ -129,7 +129,7 @@ def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
 
 
 def _is_channels_last(x):
-    """Whether x is read as it lies by kernels of that layout, which CUDA C++ has not. (Inside vmap torch answers only so put a question.)"""
+    """Whether kernels read x as it lies: CUDA C++ has none for this layout. (vmap answers no question about memory formats.)"""
     return not x.is_contiguous() and x.dim() > 2 and x.movedim(1, -1).is_contiguous() and _backends.forced() not in ("cuda", "emulated")
 
 
