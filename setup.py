@@ -8,6 +8,7 @@ GENKERN_SANITIZE    such as address,undefined, for the torch-facing parts
 CXX, CUDACXX, MAX_JOBS
 """
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -79,8 +80,13 @@ def cuda_architectures(nvcc):
     return ";".join(sorted(visible & set(re.findall(r"compute_(\d+)$", known, re.MULTILINE))))
 
 
+def target_of(part):
+    return "_host" if part == "host" else f"_C_{part}"
+
+
 class Build(build_ext):
     def run(self):
+        start = time.monotonic()
         in_place = self.inplace or getattr(self, "editable_mode", False)
         self.out = (ROOT if in_place else pathlib.Path(self.build_lib).resolve()) / "genkern"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -100,8 +106,9 @@ class Build(build_ext):
             self.build_group(["cuda"], wanted, self.configure_cuda)
             if "emulated" in wanted:
                 self.build_group(["emulated"], wanted, self.configure_torch_parts)
+        self.info["seconds"] = round(time.monotonic() - start, 1)
         for part, outcome in self.info["parts"].items():
-            print(f"genkern: {part}: " + (f"built in {outcome['seconds']} s" if outcome["built"] else outcome["why"]))
+            print(f"genkern: {part}: " + ("built" if outcome["built"] else outcome["why"]))
         temporary = self.out / "_build_info.json.new"
         temporary.write_text(json.dumps(self.info, indent=1) + "\n")
         temporary.replace(self.out / "_build_info.json")
@@ -124,15 +131,21 @@ class Build(build_ext):
             for part in parts:
                 self.record(part, error=error)
         else:
-            for part in parts:
+            with contextlib.suppress(CannotBuild):  # all at once: no core waits for the last file of a part
+                self.make(parts, build_dir, "--", "-k0")
+            for part in parts:  # then each alone, to hear which one failed and why
                 self.build_part(part, build_dir)
 
+    @staticmethod
+    def make(parts, build_dir, *more):
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        targets = [target_of(part) for part in parts]
+        run([find_tool("cmake"), "--build", build_dir, "--target", *targets, "-j", jobs, *more])
+
     def build_part(self, part, build_dir):
-        target = "_host" if part == "host" else f"_C_{part}"
-        start = time.monotonic()
+        target = target_of(part)
         try:
-            jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-            run([find_tool("cmake"), "--build", build_dir, "--target", target, "-j", jobs])
+            self.make([part], build_dir)
             (library,) = pathlib.Path(build_dir).glob(f"{target}*.so")
         except CannotBuild as error:
             self.record(part, error=error)
@@ -140,7 +153,7 @@ class Build(build_ext):
         temporary = self.out / (library.name + ".new")
         shutil.copy2(library, temporary)
         temporary.replace(self.out / library.name)  # a process that runs the old library keeps it
-        self.record(part, seconds=round(time.monotonic() - start, 1), flags=self.flags(build_dir, target))
+        self.record(part, flags=self.flags(build_dir, target))
 
     def record(self, part, error=None, **details):
         if error:
