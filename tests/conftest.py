@@ -1,4 +1,6 @@
+import getpass
 import os
+import tempfile
 
 import pytest
 import torch
@@ -7,6 +9,11 @@ from genkern.core import load_library
 
 if os.environ.get("GENKERN_EMULATED_LIBRARY"):  # the CUDA sources compiled for the CPU: backend "emulated"
     load_library("emulated", os.environ["GENKERN_EMULATED_LIBRARY"])
+
+# Inductor's cache does not tell instruction sets apart: loops that step 16 floats would store vectors of 8, or write past the end.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 
 @pytest.fixture(autouse=True)
