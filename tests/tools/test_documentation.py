@@ -3,12 +3,15 @@
 import importlib
 import re
 import textwrap
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import genkern
+import genkern.data
 from genkern.cli import COMMANDS
 
 ROOT = Path(genkern.__file__).parent.parent
@@ -72,3 +75,35 @@ def test_the_words_of_a_module(name, tmp_path, monkeypatch):
         namespace |= {"data": digits, "images": images, "labels": labels, "key": genkern.random.key(0), **sets}
         namespace["model"] = VAE(VAE.config_for(digits))
     exec(code, namespace)
+
+
+def test_the_words_of_data(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos/a", "photos/b", "speech"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(16):
+        image.new("RGB", (8, 8), (i, i, i)).save(f"photos/{'ab'[i % 2]}/{i}.png")
+        with wave.open(f"speech/{i}.wav", "wb") as sound:
+            sound.setparams((1, 2, 16000, 0, "NONE", ""))
+            sound.writeframes(bytes(2 * 16384))
+    np.save("digits.npy", np.zeros((32, 1, 8, 8), np.uint8))
+    Path("book.txt").write_bytes(bytes(range(256)) * 32)
+    namespace = {}
+    lines = genkern.data.__doc__.split("\n\n", 1)[1]
+    for line in lines.splitlines():  # the columns after a line say type and shape
+        exec(line, namespace)
+        if "load(" in line:
+            kind, *dims = re.search(r"(uint8|float|as stored)(?: \((.*)\))?$", line).groups()
+            inputs = namespace["data"].train[0]
+            assert kind == "as stored" or inputs.is_floating_point() == (kind == "float")
+            assert dims == [None] or all(not d.isdigit() or int(d) == n for d, n in zip(dims[0].split(", "), inputs.shape, strict=True))
+    assert len(namespace["inputs"]) == len(namespace["data"].train[0])
+
+
+def test_the_words_for_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
+    namespace = {"model": transformers.MambaForCausalLM(config), "inputs": {"input_ids": torch.ones(1, 3, dtype=torch.int64)}}
+    exec(importlib.import_module("genkern.integrations.transformers").__doc__.split("\n\n", 1)[1], namespace)
