@@ -30,12 +30,14 @@ def fresh_cache(tmp_path_factory):
 @pytest.mark.parametrize("name", ["nll", "nll_backward", "sample"])
 def test_mixture(name, dtype, arch, openai):
     kernel = getattr(mixture, name + "_kernel")
-    types = {n: "i64" for n in NUMBERS} | {n: "i32" for n in kernel.arg_names if n.endswith("_stride") or n in ("rows", "pixels")}
+    types = {n: "i64" for n in NUMBERS} | {
+        n: "i32" for n in kernel.arg_names if n.endswith("_stride") or n in ("rows", "pixels", "count")
+    }
     types |= {"x": "*fp32", "params": dtype, "d_params": dtype, "nll": "*fp32", "grad": "*fp32", "out": "*fp32", "key": "*i64"}
     types = {n: t for n, t in types.items() if n in kernel.arg_names}
-    constants = dict(K=10, COLOURS=3, OPENAI=openai, KEY_STRIDE=0, DTYPE=tl.float32, ROWS=1, COLUMNS=256)
+    constants = dict(K=10, COLOURS=3, OPENAI=openai, KEY_STRIDE=0, DTYPE=tl.float32, ROWS=1, COLUMNS=256, MIXTURES=16, PIXELS=16)
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
-    code = compile_kernel(kernel, types, constants, arch, unaligned=(*NUMBERS, "rows", "nll_stride"), num_warps=8)
+    code = compile_kernel(kernel, types, constants, arch, unaligned=(*NUMBERS, "rows", "grad_stride"), num_warps=8)
     assert code.stack == 0
     assert not [o for o in code.opcodes if o.startswith(("LDL", "STL"))]
     assert code.registers <= 80

@@ -1,5 +1,6 @@
-"""discretized_mix_logistic_nll and _sample in Triton: pixels in lanes, the mixtures in a loop. The formulas and their names are those
-of csrc/autoregressive/discretized_mix_logistic.h. The backward pass goes over the parameters twice: first for the weights."""
+"""discretized_mix_logistic_nll and _sample in Triton. The likelihood takes a tile of mixtures by pixels, so that each parameter is read
+once and each gradient written once; a draw walks over the mixtures. The formulas and their names are those of
+csrc/autoregressive/discretized_mix_logistic.h."""
 
 import math
 
@@ -10,7 +11,7 @@ import triton.language as tl
 from genkern.core import implements
 from genkern.core import triton_lanes as lanes
 
-_TILE = 256  # pixels of one program, one to a thread
+_TILE = 256  # of a program: mixtures times pixels of the likelihood, pixels of a draw
 
 
 @triton.jit
@@ -65,13 +66,13 @@ def _channel(at, colour, kind, i, pixels, mask, K: tl.constexpr, KINDS: tl.const
 
 
 @triton.jit
-def _component(
+def _components(
     at, i, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width,
     K: tl.constexpr, COLOURS: tl.constexpr, OPENAI: tl.constexpr, GRADIENT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Mixture i: (logit, ratio, exponent) and the derivatives to its means, log scales and coefficients."""
+    """Of mixtures i [MIXTURES, 1]: (logit, ratio, exponent), the derivatives to the means, log scales and coefficients."""
     KINDS: tl.constexpr = 3 if COLOURS == 3 else 2
-    logit = tl.load(at + i * pixels, mask=mask, other=0.0).to(DTYPE)
+    logit = tl.where(i < K, tl.load(at + i * pixels, mask=mask, other=0.0).to(DTYPE), float("-inf"))
     mean, raw = _channel(at, 0, 0, i, pixels, mask, K, KINDS, DTYPE), _channel(at, 0, 1, i, pixels, mask, K, KINDS, DTYPE)
     ratio, rest, mean0, scale0 = _bin(red, mean, raw, half_bin, edge, lowest, log_width, OPENAI, GRADIENT)
     exponent = logit + rest
@@ -80,11 +81,11 @@ def _component(
         link0 = lanes.tanh(_channel(at, 0, 2, i, pixels, mask, K, KINDS, DTYPE))
         link1 = lanes.tanh(_channel(at, 1, 2, i, pixels, mask, K, KINDS, DTYPE))
         link2 = lanes.tanh(_channel(at, 2, 2, i, pixels, mask, K, KINDS, DTYPE))
-        mean = tl.fma(link0, red, _channel(at, 1, 0, i, pixels, mask, K, KINDS, DTYPE))
+        mean = link0 * red + _channel(at, 1, 0, i, pixels, mask, K, KINDS, DTYPE)
         raw = _channel(at, 1, 1, i, pixels, mask, K, KINDS, DTYPE)
         more, rest, mean1, scale1 = _bin(green, mean, raw, half_bin, edge, lowest, log_width, OPENAI, GRADIENT)
         ratio, exponent = ratio * more, exponent + rest
-        mean = tl.fma(link2, green, tl.fma(link1, red, _channel(at, 2, 0, i, pixels, mask, K, KINDS, DTYPE)))
+        mean = link2 * green + (link1 * red + _channel(at, 2, 0, i, pixels, mask, K, KINDS, DTYPE))
         raw = _channel(at, 2, 1, i, pixels, mask, K, KINDS, DTYPE)
         more, rest, mean2, scale2 = _bin(blue, mean, raw, half_bin, edge, lowest, log_width, OPENAI, GRADIENT)
         ratio, exponent = ratio * more, exponent + rest
@@ -94,92 +95,75 @@ def _component(
 
 
 @triton.jit
-def _add(top, total, ratio, exponent):
-    """total e^top + ratio e^exponent."""
-    d = exponent - top
-    e = lanes.exp(tl.where(d < 0.0, d, d * -1.0))
-    return tl.where(d > 0.0, exponent, top), tl.where(d > 0.0, total * e + ratio, total + ratio * e)
+def _top(x):
+    """The largest of each column, [1, PIXELS]; finite, also where nothing is."""
+    top = tl.max(x, 0)[None, :]
+    return tl.where(top < -1e38, -1e38, top)
 
 
 @triton.jit
-def _sums(
-    at, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width,
-    K: tl.constexpr, COLOURS: tl.constexpr, OPENAI: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """(top, total) of the sums of the weights and of weights times probabilities: total e^top."""
-    prior_top, prior = tl.full(red.shape, -1e38, DTYPE), tl.zeros_like(red)
-    joint_top, joint = prior_top, prior
-    for i in range(K):
-        logit, ratio, exponent, _, _, _, _, _, _, _, _, _ = _component(
-            at, i, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width, K, COLOURS, OPENAI, False, DTYPE
-        )
-        prior_top, prior = _add(prior_top, prior, tl.full(red.shape, 1.0, DTYPE), logit)
-        joint_top, joint = _add(joint_top, joint, ratio, exponent)
-    return prior_top, prior, joint_top, joint
-
-
-@triton.jit
-def _colours(x, x_stride, row, column, pixels, mask, COLOURS: tl.constexpr, DTYPE: tl.constexpr):
-    red = lanes.load(x, x_stride, row, column, mask, DTYPE)
+def _place(element, pixels, count, x, x_stride, MIXTURES: tl.constexpr, K: tl.constexpr, COLOURS: tl.constexpr, DTYPE: tl.constexpr):
+    """Of pixels `element` of all samples: mixture [MIXTURES, 1], row and pixel in it, mask, colours."""
+    i = tl.arange(0, MIXTURES)[:, None]
+    there = element < count
+    row, pixel = element // pixels, element % pixels
+    at = x + row * x_stride + pixel
+    red = tl.load(at, mask=there, other=0.0).to(DTYPE)
     green, blue = red, red
     if COLOURS == 3:
-        green = lanes.load(x + pixels, x_stride, row, column, mask, DTYPE)
-        blue = lanes.load(x + 2 * pixels, x_stride, row, column, mask, DTYPE)
-    return red, green, blue
+        green = tl.load(at + pixels, mask=there, other=0.0).to(DTYPE)
+        blue = tl.load(at + 2 * pixels, mask=there, other=0.0).to(DTYPE)
+    return i, row, pixel, there & (i < K), red, green, blue
 
 
 @triton.jit(do_not_specialize=["half_bin", "edge", "lowest", "log_width"])
 def nll_kernel(
-    x, params, nll, x_stride, params_stride, nll_stride, half_bin, edge, lowest, log_width, rows, pixels,
-    K: tl.constexpr, COLOURS: tl.constexpr, OPENAI: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, params, nll, x_stride, params_stride, half_bin, edge, lowest, log_width, pixels, count,
+    K: tl.constexpr, COLOURS: tl.constexpr, OPENAI: tl.constexpr, DTYPE: tl.constexpr, MIXTURES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    row, number, column, mask = lanes.tile(rows, pixels, ROWS, COLUMNS)
+    element = (tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS))[None, :]
+    i, row, pixel, mask, red, green, blue = _place(element, pixels, count, x, x_stride, MIXTURES, K, COLOURS, DTYPE)
     half_bin, edge = lanes.from_bits(half_bin, DTYPE), lanes.from_bits(edge, DTYPE)
     lowest, log_width = lanes.from_bits(lowest, DTYPE), lanes.from_bits(log_width, DTYPE)
-    red, green, blue = _colours(x, x_stride, row, column, pixels, mask, COLOURS, DTYPE)
-    prior_top, prior, joint_top, joint = _sums(
-        params + row * params_stride + column, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width,
-        K, COLOURS, OPENAI, DTYPE,
+    logit, ratio, exponent, _, _, _, _, _, _, _, _, _ = _components(
+        params + row * params_stride + pixel, i, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width,
+        K, COLOURS, OPENAI, False, DTYPE,
     )  # fmt: skip
-    value = (prior_top + lanes.log(prior)) - (joint_top + lanes.log(joint))
-    tl.store(nll + row * nll_stride + number, tl.sum(tl.where(mask, value, 0.0), 1)[:, None], mask=row < rows)
+    top, joint_top = _top(logit), _top(exponent)
+    prior, joint = tl.sum(lanes.exp(logit - top), 0)[None, :], tl.sum(ratio * lanes.exp(exponent - joint_top), 0)[None, :]
+    tl.store(nll + element, (top + lanes.log(prior)) - (joint_top + lanes.log(joint)), mask=element < count)
 
 
 @triton.jit(do_not_specialize=["half_bin", "edge", "lowest", "log_width"])
 def nll_backward_kernel(
-    grad, x, params, d_params, grad_stride, x_stride, params_stride, d_params_stride, half_bin, edge, lowest, log_width, rows, pixels,
-    K: tl.constexpr, COLOURS: tl.constexpr, OPENAI: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, x, params, d_params, grad_stride, x_stride, params_stride, half_bin, edge, lowest, log_width, pixels, count,
+    K: tl.constexpr, COLOURS: tl.constexpr, OPENAI: tl.constexpr, DTYPE: tl.constexpr, MIXTURES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    row, number, column, mask = lanes.tile(rows, pixels, ROWS, COLUMNS)
+    element = (tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS))[None, :]
+    i, row, pixel, mask, red, green, blue = _place(element, pixels, count, x, x_stride, MIXTURES, K, COLOURS, DTYPE)
     half_bin, edge = lanes.from_bits(half_bin, DTYPE), lanes.from_bits(edge, DTYPE)
     lowest, log_width = lanes.from_bits(lowest, DTYPE), lanes.from_bits(log_width, DTYPE)
-    red, green, blue = _colours(x, x_stride, row, column, pixels, mask, COLOURS, DTYPE)
-    at, to = params + row * params_stride + column, d_params + row * d_params_stride + column
-    prior_top, prior, joint_top, joint = _sums(
-        at, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width, K, COLOURS, OPENAI, DTYPE
-    )
-    g = tl.load(grad + row * grad_stride, mask=row < rows, other=0.0).to(DTYPE)
-    of_prior, of_joint = lanes.divide(g + tl.zeros_like(prior), prior), lanes.divide(g + tl.zeros_like(joint), joint)
-    KINDS: tl.constexpr = 3 if COLOURS == 3 else 2
-    for i in range(K):
-        logit, ratio, exponent, mean0, scale0, mean1, scale1, mean2, scale2, link0, link1, link2 = _component(
-            at, i, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width, K, COLOURS, OPENAI, True, DTYPE
-        )
-        weight = of_joint * (ratio * lanes.exp(exponent - joint_top))
-        tl.store(to + i * pixels, of_prior * lanes.exp(logit - prior_top) - weight, mask=mask)
-        weight = weight * -1.0
-        first = to + (K + i) * pixels  # of the first colour's means; channels of one kind are K pixels apart
-        step = K * pixels
-        tl.store(first, weight * mean0, mask=mask)
-        tl.store(first + step, weight * scale0, mask=mask)
-        if COLOURS == 3:
-            tl.store(first + 2 * step, weight * link0, mask=mask)
-            tl.store(first + KINDS * step, weight * mean1, mask=mask)
-            tl.store(first + (KINDS + 1) * step, weight * scale1, mask=mask)
-            tl.store(first + (KINDS + 2) * step, weight * link1, mask=mask)
-            tl.store(first + 2 * KINDS * step, weight * mean2, mask=mask)
-            tl.store(first + (2 * KINDS + 1) * step, weight * scale2, mask=mask)
-            tl.store(first + (2 * KINDS + 2) * step, weight * link2, mask=mask)
+    logit, ratio, exponent, mean0, scale0, mean1, scale1, mean2, scale2, link0, link1, link2 = _components(
+        params + row * params_stride + pixel, i, red, green, blue, pixels, mask, half_bin, edge, lowest, log_width,
+        K, COLOURS, OPENAI, True, DTYPE,
+    )  # fmt: skip
+    prior, joint = lanes.exp(logit - _top(logit)), ratio * lanes.exp(exponent - _top(exponent))
+    g = tl.load(grad + row * grad_stride, mask=element < count, other=0.0).to(DTYPE)
+    weight = joint * lanes.divide(g, tl.sum(joint, 0)[None, :])
+    step = K * pixels  # of one kind's channels
+    to = d_params + row * (step * (10 if COLOURS == 3 else 3)) + pixel + i * pixels
+    tl.store(to, prior * lanes.divide(g, tl.sum(prior, 0)[None, :]) - weight, mask=mask)
+    weight = weight * -1.0
+    tl.store(to + step, weight * mean0, mask=mask)
+    tl.store(to + 2 * step, weight * scale0, mask=mask)
+    if COLOURS == 3:
+        tl.store(to + 3 * step, weight * link0, mask=mask)
+        tl.store(to + 4 * step, weight * mean1, mask=mask)
+        tl.store(to + 5 * step, weight * scale1, mask=mask)
+        tl.store(to + 6 * step, weight * link1, mask=mask)
+        tl.store(to + 7 * step, weight * mean2, mask=mask)
+        tl.store(to + 8 * step, weight * scale2, mask=mask)
+        tl.store(to + 9 * step, weight * link2, mask=mask)
 
 
 # ---- draws
@@ -269,49 +253,42 @@ def sample_kernel(
 # ---- launchers
 
 
-def _launch(kernel, params, colours, tensors, scalars, **constants):
-    rows, pixels = params.shape[0], params.shape[2:].numel()
-    if params.shape[1] * pixels >= 2**31:
-        raise RuntimeError(
-            f"discretized_mix_logistic: {params.shape[1] * pixels} parameters a sample are too many for the triton backend"
-        )
-    tensors = [None if t is None else lanes.as_rows(t) for t in tensors]
-    columns = _columns(pixels)
-    tile_rows = _TILE // columns
+def _sizes(params, colours):
+    """(samples, pixels, K)"""
+    rows, channels, pixels = params.shape[0], params.shape[1], params.shape[2:].numel()
+    if channels * pixels >= 2**31:
+        raise RuntimeError(f"discretized_mix_logistic: {channels * pixels} parameters a sample are too many for the triton backend")
+    return rows, pixels, channels // (10 if colours == 3 else 3)
+
+
+def _launch_nll(kernel, x, params, before, out, levels, min_log_scale, openai):
+    """before: tensors (N, 1) that come first; out: contiguous."""
+    rows, pixels, k = _sizes(params, x.shape[1])
+    inputs = [*before, lanes.as_rows(x), lanes.as_rows(params)]
+    mixtures, half = triton.next_power_of_2(k), 1 / (levels - 1)
+    tile = max(1, _TILE // mixtures)
     with torch.cuda.device_of(params):
-        kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(pixels, columns),)](
-            *tensors, *(0 if t is None else t.stride(0) for t in tensors), *map(lanes.real, scalars), rows, pixels,
-            K=params.shape[1] // (10 if colours == 3 else 3), COLOURS=colours, ROWS=tile_rows, COLUMNS=columns,
-            num_warps=8, enable_fp_fusion=False, **constants,
+        kernel[(triton.cdiv(rows * pixels, tile),)](
+            *inputs, out, *(t.stride(0) for t in inputs), *map(lanes.real, (half, 1 - half / 4, min_log_scale, math.log(2 * half))),
+            pixels, rows * pixels, K=k, COLOURS=x.shape[1], OPENAI=openai, DTYPE=lanes.working_type(x, params)[1],
+            MIXTURES=mixtures, PIXELS=tile, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _columns(pixels):
-    return max(4, min(_TILE, triton.next_power_of_2(pixels)))
-
-
-def _rule(levels, min_log_scale):
-    half = 1 / (levels - 1)
-    return half, 1 - half / 4, min_log_scale, math.log(2 * half)
 
 
 @implements("triton", "discretized_mix_logistic_nll")
 def discretized_mix_logistic_nll(x, params, levels, min_log_scale, openai):
-    work, dtype = lanes.working_type(x, params)
-    rows, pixels = params.shape[0], params.shape[2:].numel()
-    if rows * pixels == 0:
-        return params.new_zeros(rows, dtype=work)
-    sums = params.new_empty((rows, triton.cdiv(pixels, _columns(pixels))), dtype=work)
-    _launch(nll_kernel, params, x.shape[1], (x, params, sums), _rule(levels, min_log_scale), OPENAI=openai, DTYPE=dtype)
-    return sums.sum(1, dtype=torch.float64).to(work)
+    work = lanes.working_type(x, params)[0]
+    nll = params.new_empty((params.shape[0], params.shape[2:].numel()), dtype=work)
+    if nll.numel():
+        _launch_nll(nll_kernel, x, params, [], nll, levels, min_log_scale, openai)
+    return nll.sum(1, dtype=torch.float64).to(work)
 
 
 @implements("triton", "discretized_mix_logistic_nll_backward")
 def discretized_mix_logistic_nll_backward(grad, x, params, levels, min_log_scale, openai):
     d_params = torch.empty_like(params, memory_format=torch.contiguous_format)
     if d_params.numel():
-        tensors, dtype = (grad.unsqueeze(1), x, params, d_params), lanes.working_type(x, params)[1]
-        _launch(nll_backward_kernel, params, x.shape[1], tensors, _rule(levels, min_log_scale), OPENAI=openai, DTYPE=dtype)
+        _launch_nll(nll_backward_kernel, x, params, [grad.unsqueeze(1)], d_params, levels, min_log_scale, openai)
     return [d_params]
 
 
@@ -319,15 +296,17 @@ def discretized_mix_logistic_nll_backward(grad, x, params, levels, min_log_scale
 def discretized_mix_logistic_sample(params, key, uniforms, channels, temperature, min_log_scale, levels):
     work, dtype = lanes.working_type(params)
     out = params.new_empty((params.shape[0], channels, *params.shape[2:]), dtype=work)
-    if out.numel():
-        key = None if key is None else key.to(out.device).contiguous()
-        scalars = (
-            temperature,
-            1 / temperature,
-            min_log_scale,
-            (levels - 1) / 2 if levels else 0.0,
-            2 / (levels - 1) if levels else 0.0,
-        )
-        stride = 2 if key is not None and key.dim() == 2 else 0
-        _launch(sample_kernel, params, channels, (params, uniforms, out), scalars, key=key, KEY_STRIDE=stride, DTYPE=dtype)
+    if out.numel() == 0:
+        return out
+    rows, pixels, k = _sizes(params, channels)
+    key = None if key is None else key.to(out.device).contiguous()
+    tensors = [None if t is None else lanes.as_rows(t) for t in (params, uniforms, out)]
+    scalars = (temperature, 1 / temperature, min_log_scale, (levels - 1) / 2 if levels else 0.0, 2 / (levels - 1) if levels else 0.0)
+    columns = max(4, min(_TILE, triton.next_power_of_2(pixels)))
+    with torch.cuda.device_of(params):
+        sample_kernel[(triton.cdiv(rows, _TILE // columns) * triton.cdiv(pixels, columns),)](
+            *tensors, *(0 if t is None else t.stride(0) for t in tensors), *map(lanes.real, scalars), rows, pixels, key,
+            K=k, COLOURS=channels, KEY_STRIDE=2 if key is not None and key.dim() == 2 else 0, DTYPE=dtype,
+            ROWS=_TILE // columns, COLUMNS=columns, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
