@@ -85,6 +85,13 @@ def test_an_op_with_a_reference_alone_works_and_trains():
         del core.OPS["test_only_reference"]
 
 
+def test_tensors_stand_before_other_arguments_where_there_are_gradients():
+    with pytest.raises(ValueError, match="tensors must stand before other arguments"):
+        core.Op(
+            "test_only_order", "(float a, Tensor x) -> Tensor", reference=lambda a, x: a * x, fake=lambda a, x: x, differentiable=("x",)
+        )
+
+
 def test_strict_explain_and_the_one_warning(monkeypatch):
     monkeypatch.setitem(OP._default, "cpu", ("reference", "a reason"))
     monkeypatch.setattr(_op, "_warned", set())

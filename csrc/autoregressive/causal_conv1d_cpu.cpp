@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "causal_conv1d.h"
+#include "silu.h"
 
 namespace gk {
 namespace {
@@ -20,34 +21,6 @@ struct Job {
   const int32_t* seq = nullptr;  // (N, L)
   int64_t history() const { return (taps - 1) * dilation; }
 };
-
-// a sigmoid(a) and its derivative, in few instructions, since they take about as long as the memory does. Below -87 they are those
-// of -87, next to nothing; from there to 87 e^-a needs no scaling.
-GK_FN double bounded(double a) { return a; }
-GK_FN lane_f32 bounded(lane_f32 a) { return at_least(a, -87); }
-GK_FN double logistic(double a) { return 1 / (1 + exp(-a)); }
-GK_FN lane_f32 logistic(lane_f32 a) {                  // sigmoid of a bounded number
-  const lane_f32 magic = splat<lane_f32>(12582912.0);  // the last bits of n + magic are n
-  a = at_most(a, 87);
-  const lane_f32 shifted = fma(a, splat<lane_f32>(-1.44269504), magic), n = shifted - magic;
-  const lane_f32 r = kLanes > 4
-                         ? fma(n, splat<lane_f32>(-0.693147180559945), -a)  // of one rounding; where fma has two, in two parts
-                         : fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), -a));
-  const lane_f32 p = horner_fma(r, 1.0, 1.0, 0.5, 0.16666666, 0.041666463, 0.008333571, 0.0013935097);
-  const lane_f32 e = (lane_f32)((lane_i32)p + ((lane_i32)shifted << 23));  // p 2^n
-  return divide(splat<lane_f32>(1), e + 1.0f);
-}
-template <class V>
-GK_FN V silu(V a) {
-  a = bounded(a);
-  return a * logistic(a);
-}
-template <class V>
-GK_FN V silu_gradient(V a) {
-  a = bounded(a);
-  const V s = logistic(a);
-  return s * fma(a, 1.0f - s, splat<V>(1));
-}
 
 // ---- rotation: elements t - back of (previous, current), and t + ahead of (current, next)
 
@@ -119,7 +92,7 @@ void rotate_backward(const float* x, const float* grad, const float* weight, flo
   lane_f32 tap[K], total[K + 1] = {}, last = {}, first = {};
   const auto step = [&](int64_t t, lane_f32 current, lane_f32 h, int count) __attribute__((always_inline)) {
     const lane_f32 a = conv.step(current, tap);
-    if (kSilu) h = h * silu_gradient(a);
+    if (kSilu) h = h * silu_derivative(a);
     if (count < kLanes) h = keep_first(h, count);
     for (int k = 0; k < K; k++) total[k] = fma(h, tap[k], total[k]);
     total[K] = total[K] + h;
@@ -207,7 +180,7 @@ struct Padded {  // buffers of one row with room for whole vectors past its end
     constexpr int kCount = Lane<V>::kCount;
     for (int64_t t = 0; t < job.time; t += kCount) {
       V g = load<V>(h.data() + past + t);
-      if (job.silu) g = g * silu_gradient(before_activation(t, weight, bias));
+      if (job.silu) g = g * silu_derivative(before_activation(t, weight, bias));
       g = keep_first(drop_padding(t, g), static_cast<int>(std::min<int64_t>(kCount, job.time - t)));
       store(h.data() + past + t, g);
     }
@@ -395,21 +368,21 @@ void causal_conv1d_out(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor st
 
 Tensor causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation,
                      bool silu) {
-  Tensor y = torch::stable::new_empty(x, x.sizes(), conv_type(x, weight, bias, state));
+  Tensor y = new_tensor(x, x.sizes(), conv_type(x, weight, bias, state));
   causal_conv1d_out(x, weight, bias, state, seq_idx, dilation, silu, y);
   return y;
 }
 
 std::vector<Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state,
                                            MaybeTensor seq_idx, int64_t dilation, bool silu) {
-  std::vector<Tensor> gradients{torch::stable::new_empty(x, x.sizes()), torch::stable::new_empty(weight, weight.sizes())};
+  std::vector<Tensor> gradients{new_tensor(x, x.sizes()), new_tensor(weight, weight.sizes())};
   Job job = job_of(x, weight, bias, state, seq_idx, dilation, silu);
   job.y = Sequences(grad);
   job.d_x = Sequences(gradients[0]);
   job.d_weight = flat(gradients[1]);
-  if (bias) gradients.push_back(torch::stable::new_empty(*bias, bias->sizes())), job.d_bias = flat(gradients.back());
+  if (bias) gradients.push_back(new_tensor(*bias, bias->sizes())), job.d_bias = flat(gradients.back());
   if (state) {
-    gradients.push_back(torch::stable::new_empty(*state, state->sizes()));
+    gradients.push_back(new_tensor(*state, state->sizes()));
     if (job.history()) job.d_state = Sequences(gradients.back());
   }
   if (grad.scalar_type() == ScalarType::Double)
@@ -565,7 +538,7 @@ void steps(const StepJob& job) {
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, MaybeTensor bias, MaybeTensor indices, int64_t dilation,
                             bool silu) {
   const ScalarType type = conv_type(x, weight, bias, {});
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type);
+  Tensor y = new_tensor(x, x.sizes(), type);
   if (y.numel() == 0) return y;
   StepJob job{x.size(0), x.size(1), x.size(2),   weight.size(1), dilation,    state.size(2),
               silu,      flat(x),   flat(state), flat(y),        flat(weight)};

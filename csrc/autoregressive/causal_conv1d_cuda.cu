@@ -2,6 +2,7 @@
 // passes: the gradient before the activation; that of x and the state, a thread per element; those of the weight and the bias, a
 // block per channel and tap, whose threads meet in a fixed tree in double. No atomics.
 #include "causal_conv1d.h"
+#include "silu.h"
 
 namespace gk {
 namespace {
@@ -16,11 +17,6 @@ struct Conv {
   const int32_t* seq;
   __device__ __forceinline__ int64_t history() const { return (taps - 1) * dilation; }
 };
-
-template <class S>
-__device__ __forceinline__ S silu(S a) {
-  return a / (exp(-a) + S(1));
-}
 
 // The input that weight k meets for output t; zero from another sequence and before the beginning.
 template <class S>
@@ -62,10 +58,7 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(const Con
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t row = i / job.time, t = i - row * job.time, n = row / job.channels, c = row - n * job.channels;
     S grad = read_one(job.y, n * job.y_stride[0] + c * job.y_stride[1] + t, S{});
-    if (job.silu) {
-      const S a = before_activation<S>(job, n, c, t), s = sigmoid(a);
-      grad = grad * (s * fma(a, S(1) - s, S(1)));
-    }
+    if (job.silu) grad = grad * silu_derivative(before_activation<S>(job, n, c, t));
     h[i] = is_padding(job, n, t) ? S{} : grad;
   }
 }
@@ -137,7 +130,7 @@ Sequences state_of(const MaybeTensor& state) { return state && state->size(2) ? 
 Tensor causal_conv1d(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state, MaybeTensor seq_idx, int64_t dilation,
                      bool silu) {
   const ScalarType type = conv_type(x, weight, bias, state);
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type);
+  Tensor y = new_tensor(x, x.sizes(), type);
   if (y.numel() == 0) return y;
   const OnDevice device(x);
   const Sequences in(x), past = state_of(state);
@@ -163,9 +156,9 @@ void backward(const Conv& job, Tensor& h, bool biased, const OnDevice& device) {
 
 std::vector<Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor state,
                                            MaybeTensor seq_idx, int64_t dilation, bool silu) {
-  std::vector<Tensor> gradients{torch::stable::new_empty(x, x.sizes()), torch::stable::new_empty(weight, weight.sizes())};
-  if (bias) gradients.push_back(torch::stable::new_empty(*bias, bias->sizes()));
-  if (state) gradients.push_back(torch::stable::new_empty(*state, state->sizes()));
+  std::vector<Tensor> gradients{new_tensor(x, x.sizes()), new_tensor(weight, weight.sizes())};
+  if (bias) gradients.push_back(new_tensor(*bias, bias->sizes()));
+  if (state) gradients.push_back(new_tensor(*state, state->sizes()));
   STD_TORCH_CHECK(weight.size(1) < 65535, "causal_conv1d: at most 65534 taps");
   const OnDevice device(x);
   const Sequences in(x), past = state_of(state), out(grad);
@@ -174,7 +167,7 @@ std::vector<Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight,
   job.d_x = flat(gradients[0]), job.d_weight = flat(gradients[1]);
   if (bias) job.d_bias = flat(gradients[2]);
   if (past.array.data) job.d_state = flat(gradients.back());
-  Tensor h = torch::stable::new_empty(grad, grad.sizes(), sum_type(grad.scalar_type()));
+  Tensor h = new_tensor(grad, grad.sizes(), sum_type(grad.scalar_type()));
   if (grad.scalar_type() == ScalarType::Double)
     backward<double>(job, h, bias.has_value(), device);
   else
@@ -220,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Step job) {
 Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, MaybeTensor bias, MaybeTensor indices, int64_t dilation,
                             bool silu) {
   const ScalarType type = conv_type(x, weight, bias, {});
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type);
+  Tensor y = new_tensor(x, x.sizes(), type);
   if (y.numel() == 0) return y;
   const OnDevice device(x);
   Step job{};

@@ -197,7 +197,7 @@ void run(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const 
 // packed: a tensor of the packed weights. All of one type.
 Tensor convolve(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
                 const MaybeTensor& condition, int64_t dilation, int64_t groups, bool gated) {
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0) / (gated ? 2 : 1), x.size(2)});
+  Tensor y = new_tensor(x, {x.size(0), weight.size(0) / (gated ? 2 : 1), x.size(2)});
   if (y.numel() == 0) return y;
   if (x.scalar_type() == ScalarType::Double)
     run<double>(x, state, weight, bias, packed, condition, dilation, groups, gated, y);

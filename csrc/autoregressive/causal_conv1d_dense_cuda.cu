@@ -4,7 +4,7 @@
 // chains of kDepth numbers of the depth (tap, channel) each. All columns (n, t) are numbered through, so that tiles are full for
 // short sequences of a batch too, and no sum depends on where its column lies.
 //
-// There is no backward kernel: _dense_backward in genkern/ops/autoregressive/_causal_conv1d.py says what stands in for it, and why.
+// There is no backward kernel: _dense_backward in genkern/ops/autoregressive/_causal_conv1d_dense.py says what stands in.
 #include "causal_conv1d.h"
 #include "gate.h"
 
@@ -130,7 +130,7 @@ Tensor convolve(const Tensor& x, const MaybeTensor& state, const Tensor& weight,
   ScalarType type = conv_type(x, weight, bias, state);
   if (condition) type = promote(type, condition->scalar_type());
   const int64_t outputs = weight.size(0) / (gated ? 2 : 1);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), outputs, x.size(2)}, type);
+  Tensor y = new_tensor(x, {x.size(0), outputs, x.size(2)}, type);
   if (y.numel() == 0) return y;
   const OnDevice device(x);
   const Sequences in(x), past = state && state->size(2) ? Sequences(*state) : Sequences();

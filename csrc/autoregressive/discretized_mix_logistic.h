@@ -175,7 +175,7 @@ void mixture_dispatch(const MixtureJob& job, int64_t colours, int64_t levels, do
 }
 
 inline Tensor discretized_mix_logistic_nll(Tensor x, Tensor params, int64_t levels, double min_log_scale, bool openai) {
-  Tensor out = torch::stable::new_empty(params, {params.size(0)}, sum_type(params.scalar_type()));
+  Tensor out = new_tensor(params, {params.size(0)}, sum_type(params.scalar_type()));
   const Rows data(x), rows(params);
   MixtureJob job = mixture_job(rows, params.size(1), x.size(1));
   job.x = data.array(), job.out = per_row(out);
@@ -188,7 +188,7 @@ inline Tensor discretized_mix_logistic_nll(Tensor x, Tensor params, int64_t leve
 
 inline std::vector<Tensor> discretized_mix_logistic_nll_backward(Tensor grad, Tensor x, Tensor params, int64_t levels,
                                                                  double min_log_scale, bool openai) {
-  Tensor out = torch::stable::new_empty(params, params.sizes(), params.scalar_type());
+  Tensor out = new_tensor(params, params.sizes(), params.scalar_type());
   if (out.numel() == 0) return {out};
   const Rows data(x), rows(params);
   MixtureJob job = mixture_job(rows, params.size(1), x.size(1));
@@ -211,7 +211,7 @@ inline Tensor discretized_mix_logistic_sample(Tensor params, MaybeTensor key, Ma
                                               double temperature, double min_log_scale, int64_t levels) {
   std::vector<int64_t> sizes(params.sizes().begin(), params.sizes().end());
   sizes[1] = colours;
-  Tensor out = torch::stable::new_empty(params, sizes, sum_type(params.scalar_type()));
+  Tensor out = new_tensor(params, sizes, sum_type(params.scalar_type()));
   if (out.numel() == 0) return out;
   const Rows rows(params);
   std::optional<Rows> given;

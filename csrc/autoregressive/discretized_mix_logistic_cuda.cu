@@ -206,7 +206,7 @@ void mixture_nll(const MixtureJob& job, const MixtureRule<S>& rule, const Tensor
   int segment = 1;
   while (segment < kThreads && segment < job.pixels) segment *= 2;
   const int64_t count = tiles > 1 ? job.rows * tiles : (job.rows + kThreads / segment - 1) / (kThreads / segment);
-  Tensor sums = torch::stable::new_empty(like, {tiles > 1 ? count : 0}, ScalarType::Double);
+  Tensor sums = new_tensor(like, {tiles > 1 ? count : 0}, ScalarType::Double);
   double* partial = static_cast<double*>(sums.data_ptr());
   for_storage<S>(job.params.storage, [&](auto storage) {
     const auto kernel = nll_kernel<decltype(storage)::value, colours>;

@@ -15,7 +15,7 @@ struct ExpParts {  // e^x = power (1 + tail) for x <= 0; at least e^-87
 };
 GK_FN ExpParts exp_parts(lane_f32 x) {
   const lane_f32 magic = splat<lane_f32>(12582912.0);
-  x = x < -87.0f ? splat<lane_f32>(-87.0) : x;  // keeps NaN
+  x = not_below(x, -87);
   const lane_f32 n = fma(x, splat<lane_f32>(1.44269504), magic) - magic;
   const lane_f32 r = fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), x));
   return {(lane_f32)((to_int(n) + 127) << 23), fma(exp_tail_polynomial(r), r * r, r)};

@@ -50,7 +50,7 @@ struct Halves {  // a tensor (N, 2C, ...) as two arrays of rows
 Tensor gated_activation(Tensor x, MaybeTensor condition) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes[1] /= 2;
-  Tensor y = torch::stable::new_empty(x, sizes, condition ? promote(x.scalar_type(), condition->scalar_type()) : x.scalar_type());
+  Tensor y = new_tensor(x, sizes, condition ? promote(x.scalar_type(), condition->scalar_type()) : x.scalar_type());
   const Halves h(x);
   const Array out = Rows(y).array();
   if (condition) {
@@ -63,11 +63,11 @@ Tensor gated_activation(Tensor x, MaybeTensor condition) {
 }
 
 std::vector<Tensor> gated_activation_backward(Tensor grad, Tensor x, MaybeTensor condition) {
-  std::vector<Tensor> gradients{torch::stable::new_empty(x, x.sizes())};
+  std::vector<Tensor> gradients{new_tensor(x, x.sizes())};
   const Halves h(x), d(gradients[0]);
   const Rows g(grad);
   if (condition) {
-    gradients.push_back(torch::stable::new_empty(*condition, condition->sizes()));
+    gradients.push_back(new_tensor(*condition, condition->sizes()));
     const Halves c(*condition), d_c(gradients[1]);
     run_rows(GatedBackward<true>(), h.shape(), {h.first(), h.second(), c.first(), c.second(), g.array()}, {},
              {d.first(), d.second(), d_c.first(), d_c.second()}, {}, x);

@@ -315,7 +315,7 @@ Grid grid_of(const Tensor& x, const Tensor& weight) { return {x.size(2), x.size(
 Tensor masked_conv2d(Tensor x, Tensor weight, MaybeTensor bias, bool own, int64_t colors, bool grouped) {
   x = torch::stable::contiguous(x), weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
+  Tensor y = new_tensor(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
   if (y.numel() == 0) return y;
   const Mask mask{colors, grouped, own};
   const void* b = bias ? bias->data_ptr() : nullptr;
@@ -337,8 +337,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const M
 std::vector<Tensor> masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, MaybeTensor bias, bool own, int64_t colors,
                                            bool grouped) {
   grad = torch::stable::contiguous(grad), x = torch::stable::contiguous(x), weight = torch::stable::contiguous(weight);
-  std::vector<Tensor> out{torch::stable::new_empty(x, x.sizes()), torch::stable::new_empty(weight, weight.sizes())};
-  if (bias) out.push_back(torch::stable::new_empty(*bias, bias->sizes()));
+  std::vector<Tensor> out{new_tensor(x, x.sizes()), new_tensor(weight, weight.sizes())};
+  if (bias) out.push_back(new_tensor(*bias, bias->sizes()));
   const Mask mask{colors, grouped, own};
   if (x.scalar_type() == ScalarType::Double)
     backward<double>(grad, x, weight, mask, out);

@@ -96,7 +96,7 @@ Array flat(const Tensor& x) { return {x.data_ptr(), 0, storage_of(x.scalar_type(
 Tensor masked_conv2d(Tensor x, Tensor weight, MaybeTensor bias, bool own, int64_t colors, bool grouped) {
   x = torch::stable::contiguous(x), weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
+  Tensor y = new_tensor(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
   if (y.numel() == 0) return y;
   const OnDevice device(x);
   Conv job{};

@@ -196,7 +196,7 @@ Tensor sample_tokens(Tensor logits, Tensor uniforms, double inverse_temperature,
                      bool sequential) {
   const Rows rows(logits);
   const auto [count, n] = rows.shape();
-  Tensor tokens = torch::stable::new_empty(logits, {count}, ScalarType::Long);
+  Tensor tokens = new_tensor(logits, {count}, ScalarType::Long);
   const Filter filter{static_cast<float>(inverse_temperature), top_k, top_p, -static_cast<float>(lowest), sequential};
   const Array array = rows.array(), uniform = per_row(uniforms);
   int64_t* out = static_cast<int64_t*>(tokens.data_ptr());

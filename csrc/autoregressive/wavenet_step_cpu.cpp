@@ -122,7 +122,7 @@ void run(StackJob<S> job, const Tensor& x, const Tensor& past, const Tensor& wei
 // Everything contiguous and of one type, but dilations int64; sizes are those of the Python side.
 Tensor wavenet_step(Tensor x, Tensor past, Tensor weights, MaybeTensor condition, Tensor dilations, int64_t taps, int64_t gate,
                     int64_t skip, int64_t outputs, int64_t time) {
-  Tensor y = torch::stable::new_empty(x, {x.size(0), outputs});
+  Tensor y = new_tensor(x, {x.size(0), outputs});
   if (y.numel() == 0) return y;
   const auto job = [&](auto one) {
     return StackJob<decltype(one)>{

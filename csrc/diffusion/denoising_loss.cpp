@@ -58,7 +58,7 @@ Tensor denoising_loss(Tensor prediction, MaybeTensor leaf, MaybeTensor fixed, Ma
                       double scale, int64_t target) {
   const Rows p(prediction), other(leaf ? *leaf : *fixed);
   const RowShape shape = p.shape();
-  Tensor loss = torch::stable::new_empty(prediction, {shape.rows}, sum_type(prediction.scalar_type()));
+  Tensor loss = new_tensor(prediction, {shape.rows}, sum_type(prediction.scalar_type()));
   if (key)
     run_rows(RemadeLoss{{}, target_of(target), scale}, shape, {p.array(), other.array()}, {per_row(*alpha), per_row(*sigma)}, {},
              {per_row(loss)}, prediction, keys_of(*key));
@@ -71,8 +71,8 @@ template <bool kBoth>
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& prediction, const Tensor& other, const MaybeTensor& alpha,
                              const MaybeTensor& sigma, const MaybeTensor& key, double scale, int64_t target) {
   const Rows p(prediction), second(other);
-  std::vector<Tensor> grads{torch::stable::new_empty(prediction, prediction.sizes())};
-  if (kBoth) grads.push_back(torch::stable::new_empty(other, other.sizes()));
+  std::vector<Tensor> grads{new_tensor(prediction, prediction.sizes())};
+  if (kBoth) grads.push_back(new_tensor(other, other.sizes()));
   Arrays<1 + kBoth> out;
   for (int i = 0; i < 1 + kBoth; i++) out[i] = Rows(grads[i]).array();
   if (key)

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "rows.h"
+#include "silu.h"
 
 namespace gk {
 
@@ -22,21 +23,6 @@ struct GroupNormGradients {  // data null: the argument is absent
   Array x, x2, weight, bias, pre_bias, scale, shift;
   double* sums;  // [3][samples, channels]: of dz, of dz * xhat, of xhat; dz is the gradient before the activation
 };
-
-template <class V>
-GK_FN V logistic(V z) {  // the denominator stays finite, as divide wants it; below, the result times z is next to nothing
-  constexpr double kLeast = sizeof(Scalar<V>) == 4 ? -88 : -700;
-  return divide(splat<V>(1), exp(-(z < splat<V>(kLeast) ? splat<V>(kLeast) : z)) + 1.0f);
-}
-template <class V>
-GK_FN V silu(V z) {
-  return z * logistic(z);
-}
-template <class V>
-GK_FN V silu_derivative(V z) {
-  const V s = logistic(z);
-  return s * fma(z, 1.0f - s, splat<V>(1));
-}
 
 inline ScalarType group_norm_type(const Tensor& x, const MaybeTensor& x2) {
   return x2 ? promote(x.scalar_type(), x2->scalar_type()) : x.scalar_type();
@@ -84,7 +70,7 @@ class GroupNormGradientCall {
  public:
   GroupNormGradientCall(const Tensor& grad, const GroupNorm& job) : grad_(grad) {
     d.grad = grad_.array();
-    sums_ = torch::stable::new_empty(grad, {3 * job.samples * job.channels}, ScalarType::Double);
+    sums_ = new_tensor(grad, {3 * job.samples * job.channels}, ScalarType::Double);
     d.sums = static_cast<double*>(sums_.data_ptr());
   }
   const GroupNormGradients& add_all(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias,
@@ -99,7 +85,7 @@ class GroupNormGradientCall {
  private:
   Array add(const MaybeTensor& like) {
     if (!like) return {};
-    gradients.push_back(torch::stable::new_empty(*like, like->sizes()));
+    gradients.push_back(new_tensor(*like, like->sizes()));
     return Rows(gradients.back()).array();
   }
   Rows grad_;
@@ -118,7 +104,7 @@ inline Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, Maybe
   const auto sizes = x.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape[1] = call.job.channels;
-  Tensor y = torch::stable::new_empty(x, shape, group_norm_type(x, x2));
+  Tensor y = new_tensor(x, shape, group_norm_type(x, x2));
   if (call.empty()) return y;
   call.job.y = Rows(y).array();
   call.is_double() ? group_norm_forward<double>(call.job, x) : group_norm_forward<float>(call.job, x);

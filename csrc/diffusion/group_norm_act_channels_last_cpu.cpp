@@ -304,7 +304,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
 Tensor group_norm_act_channels_last(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
                                     MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu) {
   GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), call.job.channels}, group_norm_type(x, x2));
+  Tensor y = new_tensor(x, {x.size(0), x.size(1), call.job.channels}, group_norm_type(x, x2));
   if (call.empty()) return y;
   call.job.y = Rows(y).array();
   const auto run = call.is_double() ? (silu ? forward<double, true> : forward<double, false>)

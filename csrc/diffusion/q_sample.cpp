@@ -27,7 +27,7 @@ struct QSampleBackward {  // in: gradients of x_t and of the target; row: alpha,
 
 std::tuple<Tensor, Tensor> q_sample(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, int64_t target) {
   const Rows x(x0);
-  Tensor x_t = torch::stable::new_empty(x0, x0.sizes()), wanted = torch::stable::new_empty(x0, x0.sizes());
+  Tensor x_t = new_tensor(x0, x0.sizes()), wanted = new_tensor(x0, x0.sizes());
   run_rows(QSample{{}, target_of(target)}, x.shape(), {x.array()}, {per_row(alpha), per_row(sigma)},
            {Rows(x_t).array(), Rows(wanted).array()}, {}, x0, keys_of(key));
   return {x_t, wanted};
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> q_sample(Tensor x0, Tensor alpha, Tensor sigma, Tenso
 std::vector<Tensor> q_sample_backward(Tensor grad_x_t, Tensor grad_target, Tensor x0, Tensor alpha, Tensor sigma, Tensor,
                                       int64_t target) {
   const Rows first(grad_x_t), second(grad_target);
-  Tensor grad = torch::stable::new_empty(x0, x0.sizes());
+  Tensor grad = new_tensor(x0, x0.sizes());
   run_rows(QSampleBackward{{}, target_of(target)}, first.shape(), {first.array(), second.array()}, {per_row(alpha), per_row(sigma)},
            {Rows(grad).array()}, {}, x0);
   return {grad};

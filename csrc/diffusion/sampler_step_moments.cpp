@@ -18,7 +18,7 @@ struct GuidanceMoments {
 Tensor guidance_moments(Tensor model_output, bool learned) {
   const Rows rows(model_output);
   const RowShape shape{rows.shape().rows / 2, rows.shape().width / (learned ? 2 : 1)};  // the rest is a variance
-  Tensor sums = torch::stable::new_empty(model_output, {shape.rows, 5}, sum_type(model_output.scalar_type()));
+  Tensor sums = new_tensor(model_output, {shape.rows, 5}, sum_type(model_output.scalar_type()));
   const Array u = rows.array();
   Array c = u;
   c.data = static_cast<char*>(c.data) + shape.rows * c.row_stride * element_bytes(c.storage);

@@ -116,7 +116,7 @@ Tensor dynamic_threshold(Tensor x, Tensor model_output, Tensor table, MaybeTenso
                          double rescale, double parallel, double max_norm, double quantile, double max) {
   const Rows samples(x), raw(model_output);
   const RowShape shape = samples.shape();
-  Tensor bound = torch::stable::new_empty(x, {shape.rows}, sum_type(x.scalar_type()));
+  Tensor bound = new_tensor(x, {shape.rows}, sum_type(x.scalar_type()));
   ThresholdJob job{samples.array(),     raw.array(), {}, table_rows(table, steps, step), {}, shape, {},
                    moments.has_value(), quantile,    max};
   if (model_output.size(0) != x.size(0)) job.c = samples_from(job.u, shape.rows);

@@ -173,7 +173,7 @@ void pass_through(const Rows& from, const Rows& to, const Halves& halves, const 
 Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const Tensor& params, const MaybeTensor& mask,
                  const MaybeTensor& running, int64_t scale, bool scale_first, bool shift_first, bool inverse, double limit) {
   const ScalarType type = promote(x.scalar_type(), params.scalar_type());
-  Tensor log_det = torch::stable::new_empty(x, {x.size(0)}, sum_type(type));
+  Tensor log_det = new_tensor(x, {x.size(0)}, sum_type(type));
   const MaybeTensor onto = running ? MaybeTensor(torch::stable::contiguous(*running)) : running;
   Array sum = per_row(log_det);
   if (onto) sum.onto = onto->data_ptr();
@@ -189,7 +189,7 @@ Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const 
 
 std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor mask, MaybeTensor running, int64_t scale,
                                            bool scale_first, bool shift_first, bool inverse, double limit) {
-  Tensor y = torch::stable::new_empty(x, x.sizes(), promote(x.scalar_type(), params.scalar_type()));
+  Tensor y = new_tensor(x, x.sizes(), promote(x.scalar_type(), params.scalar_type()));
   const Rows x_rows(x), y_rows(y);
   pass_through(x_rows, y_rows, Halves(x_rows, Rows(params), scale_first), x);
   return {y, transform(x, x_rows, y_rows, params, mask, running, scale, scale_first, shift_first, inverse, limit)};
@@ -205,7 +205,7 @@ Tensor affine_coupling_(Tensor x, Tensor params, MaybeTensor mask, MaybeTensor r
 std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor params, MaybeTensor mask,
                                              MaybeTensor running, int64_t scale, bool scale_first, bool shift_first, bool inverse,
                                              double limit) {
-  Tensor d_x = torch::stable::new_empty(x, x.sizes()), d_params = torch::stable::new_empty(params, params.sizes());
+  Tensor d_x = new_tensor(x, x.sizes()), d_params = new_tensor(params, params.sizes());
   const Rows x_rows(x), param_rows(params), grad_rows(grad_y), d_x_rows(d_x), d_param_rows(d_params);
   const Halves halves(x_rows, param_rows, scale_first);
   pass_through(grad_rows, d_x_rows, halves, x);
@@ -218,7 +218,7 @@ std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det,
   });
   std::vector<Tensor> gradients{d_x, d_params};
   if (running) {  // gets what log_det gets, as a tensor of its own
-    gradients.push_back(torch::stable::new_empty(*running, running->sizes()));
+    gradients.push_back(new_tensor(*running, running->sizes()));
     torch::stable::copy_(gradients[2], grad_log_det);
   }
   return gradients;

@@ -33,7 +33,7 @@ ScalarType type_of(int64_t number) {  // positions in DTYPES of _dequantize.py
 std::tuple<Tensor, Tensor> dequantize(Tensor x, Tensor key, int64_t levels, double scale, double low, double high, bool logit,
                                       int64_t dtype) {
   const ScalarType type = type_of(dtype);
-  Tensor y = torch::stable::new_empty(x, x.sizes(), type), log_det = torch::stable::new_empty(x, {x.size(0)}, sum_type(type));
+  Tensor y = new_tensor(x, x.sizes(), type), log_det = new_tensor(x, {x.size(0)}, sum_type(type));
   const Rows x_rows(x), y_rows(y);
   const auto run = [&](auto is_logit) {
     const Dequantize<is_logit()> f{{}, static_cast<double>(levels), scale, low, high, std::log(scale)};

@@ -64,7 +64,7 @@ Tensor gaussian_log_prob(Tensor x, MaybeTensor mean, MaybeTensor log_std) {
   ScalarType type = sum_type(x.scalar_type());
   if (mean) type = promote(type, sum_type(mean->scalar_type()));
   if (log_std) type = promote(type, sum_type(log_std->scalar_type()));
-  Tensor log_prob = torch::stable::new_empty(x, {x.size(0)}, type);
+  Tensor log_prob = new_tensor(x, {x.size(0)}, type);
   with_parts(mean, log_std, [&](auto has_mean, auto has_std) {
     using F = LogProb<has_mean(), has_std()>;
     run_rows(F{}, in.rows[0].shape(), in.arrays<F::kInputs>(), {}, {}, {per_row(log_prob)}, x);
@@ -74,9 +74,9 @@ Tensor gaussian_log_prob(Tensor x, MaybeTensor mean, MaybeTensor log_std) {
 
 std::vector<Tensor> gaussian_log_prob_backward(Tensor grad, Tensor x, MaybeTensor mean, MaybeTensor log_std) {
   const Inputs in(x, mean, log_std);
-  std::vector<Tensor> gradients{torch::stable::new_empty(x, x.sizes())};
-  if (mean) gradients.push_back(torch::stable::new_empty(*mean, mean->sizes()));
-  if (log_std) gradients.push_back(torch::stable::new_empty(*log_std, log_std->sizes()));
+  std::vector<Tensor> gradients{new_tensor(x, x.sizes())};
+  if (mean) gradients.push_back(new_tensor(*mean, mean->sizes()));
+  if (log_std) gradients.push_back(new_tensor(*log_std, log_std->sizes()));
   with_parts(mean, log_std, [&](auto has_mean, auto has_std) {
     using F = LogProbBackward<has_mean(), has_std()>;
     Arrays<F::kOutputs> out;

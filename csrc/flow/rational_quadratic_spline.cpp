@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor> rational_quadratic_spline(Tensor x, Tensor widths, Te
                                                      double min_slope) {
   const ScalarType type =
       promote(promote(x.scalar_type(), widths.scalar_type()), promote(heights.scalar_type(), slopes.scalar_type()));
-  Tensor out = torch::stable::new_empty(x, x.sizes(), type), log_det = torch::stable::new_empty(x, x.sizes(), sum_type(type));
+  Tensor out = new_tensor(x, x.sizes(), type), log_det = new_tensor(x, x.sizes(), sum_type(type));
   SplineJob job = job_of(x, widths, heights, slopes, tails, bound, min_width, min_height, min_slope);
   job.out = line_of(out), job.log_det = line_of(log_det);
   run<false>(job, inverse, x);
@@ -245,7 +245,7 @@ std::vector<Tensor> rational_quadratic_spline_backward(Tensor grad_out, Tensor g
                                                        Tensor heights, Tensor slopes, bool inverse, int64_t tails, double bound,
                                                        double min_width, double min_height, double min_slope) {
   std::vector<Tensor> gradients;
-  for (const Tensor& like : {x, widths, heights, slopes}) gradients.push_back(torch::stable::new_empty(like, like.sizes()));
+  for (const Tensor& like : {x, widths, heights, slopes}) gradients.push_back(new_tensor(like, like.sizes()));
   SplineJob job = job_of(x, widths, heights, slopes, tails, bound, min_width, min_height, min_slope);
   job.out = line_of(grad_out), job.log_det = line_of(grad_log_det);
   job.d_in = line_of(gradients[0]);

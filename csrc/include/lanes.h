@@ -138,14 +138,14 @@ GK_FN lane_f32 sqrt(lane_f32 x) {
 
 // The greater, the smaller of x and a bound, in one instruction; keep NaN.
 #ifndef __CUDACC__
-GK_FN lane_f32 at_least(lane_f32 x, float low) {
+GK_FN lane_f32 not_below(lane_f32 x, float low) {
 #if defined(__AVX512F__)
   return (lane_f32)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);  // the second operand where one is NaN
 #else
   return x < low ? splat<lane_f32>(low) : x;
 #endif
 }
-GK_FN lane_f32 at_most(lane_f32 x, float high) {
+GK_FN lane_f32 not_above(lane_f32 x, float high) {
 #if defined(__AVX512F__)
   return (lane_f32)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
 #else
@@ -206,8 +206,7 @@ GK_FN double exp(double x) { return ::exp(x); }
 #ifndef __CUDACC__
 GK_FN lane_f32 exp(lane_f32 x) {
   const lane_f32 magic = splat<lane_f32>(12582912.0);  // adding it rounds to an integer, ties to even
-  x = x < -104.0f ? splat<lane_f32>(-104.0) : x;       // this order of operands keeps NaN
-  x = x > 89.0f ? splat<lane_f32>(89.0) : x;
+  x = not_above(not_below(x, -104), 89);
   const lane_f32 n = (x * 1.44269504f + magic) - magic;
   const lane_f32 r = fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), x));
   const lane_f32 p = fma(exp_tail_polynomial(r), r * r, r) + 1.0f;

@@ -210,7 +210,7 @@ void drive_rows(const RowJob<F>& job, const Tensor& like) {
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   if constexpr (F::kSums > 0) {
     if (tiles > 1) {
-      Tensor partial = torch::stable::new_empty(like, {blocks * F::kSums}, ScalarType::Double);
+      Tensor partial = new_tensor(like, {blocks * F::kSums}, ScalarType::Double);
       double* sums = static_cast<double*>(partial.data_ptr());
       GK_LAUNCH(kernel, grid, block, device.stream, job, tiles, segment, sums);
       const auto finish = sum_tiles_kernel<S, F>;

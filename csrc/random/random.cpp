@@ -36,8 +36,8 @@ void draw_scaled(Tensor key, Tensor out, double scale, double shift) {
   draw(Draw<Distribution>{{}, scale, shift}, key, out);
 }
 
-void draw_uniform(Tensor key, Tensor out, double scale,
-                  double shift) {  // as many bits as the type holds, so that 1 is never reached
+// As many bits as the type holds, so that 1 is never reached.
+void draw_uniform(Tensor key, Tensor out, double scale, double shift) {
   Uniform uniform;
   const ScalarType type = out.scalar_type();
   if (type == ScalarType::Half) uniform.mask = 0x7ff, uniform.scale = 0x1p-11f;

@@ -155,7 +155,7 @@ Tensor discretized_logistic_nll(Tensor mu, Tensor log_scale, Tensor x, int64_t l
 
 std::vector<Tensor> discretized_logistic_nll_backward(Tensor grad, Tensor mu, Tensor log_scale, Tensor x, int64_t levels) {
   const Rows m(mu), s(log_scale), data(x);
-  Tensor d_mu = new_tensor(mu, mu.sizes()), d_log_scale = torch::stable::new_empty(log_scale, log_scale.sizes());
+  Tensor d_mu = new_tensor(mu, mu.sizes()), d_log_scale = new_tensor(log_scale, log_scale.sizes());
   const DiscretizedLogisticBackward f{{}, 1.0 / static_cast<double>(levels - 1)};
   run_rows(f, m.shape(), {m.array(), s.array(), data.array()}, {per_row(grad)}, {Rows(d_mu).array(), Rows(d_log_scale).array()}, {},
            mu);

@@ -65,6 +65,8 @@ class Op:
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = sum("Tensor" in str(a.type) for a in arguments)
         self._differentiable = tuple(i for i, a in enumerate(arguments) if a.name in differentiable)
+        if differentiable and not all("Tensor" in str(a.type) for a in arguments[: self._tensors]):
+            raise ValueError(f"Op {name}: where there are gradients, tensors must stand before other arguments, got {schema}")
         _define("_" + name, schema, fake)
         if differentiable:
             grads = ", ".join(f"Tensor grad_{i}" for i in range(outputs))

@@ -3,7 +3,7 @@
 import torch
 
 from genkern import ops
-from genkern.ops.autoregressive._causal_conv1d import dense, pack_dense, pays_dense
+from genkern.ops.autoregressive._causal_conv1d_dense import dense, pack_dense, pays_dense
 
 
 class CausalConv1d(torch.nn.Conv1d):

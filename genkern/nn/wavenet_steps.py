@@ -2,7 +2,7 @@
 
 import torch
 
-from genkern.ops.autoregressive._causal_conv1d import dense, pack_dense
+from genkern.ops.autoregressive._causal_conv1d_dense import dense, pack_dense
 from genkern.ops.autoregressive._wavenet_step import pack_weights, wavenet_step
 
 

@@ -19,14 +19,6 @@ each_arch = pytest.mark.parametrize("arch", [80, 90])
 INTEGERS = ("rows", "width", "time", "channels", "count", "blocks")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = previous
-
-
 def _hold(kernel, tensors, constants, arch, budget):
     types = tensors | {name: "i32" for name in kernel.arg_names if name in INTEGERS or name.endswith("_stride")}
     code = compile_kernel(kernel, types, constants, arch, unaligned=("rows", "count", "blocks"))

@@ -17,14 +17,6 @@ from genkern.ops.flow._rational_quadratic_spline_triton import backward_kernel, 
 NUMBERS = ("bound", "min_width", "min_height", "min_slope")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = previous
-
-
 @pytest.mark.parametrize("arch, inverse", [(80, False), (90, True), (120, False)])
 @pytest.mark.parametrize("kernel", [forward_kernel, backward_kernel], ids=["forward", "backward"])
 def test_rational_quadratic_spline(kernel, arch, inverse):

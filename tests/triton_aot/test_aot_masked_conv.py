@@ -17,14 +17,6 @@ from genkern.ops.autoregressive import _masked_conv2d_triton as conv  # noqa: E4
 INTEGERS = ("pixels", "height", "width")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = previous
-
-
 @pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("outputs, colors", [(64, 1), (96, 3), (30, 3)])
 @pytest.mark.parametrize("dtype, pointer", [(torch.float32, "*fp32"), (torch.bfloat16, "*bf16")])

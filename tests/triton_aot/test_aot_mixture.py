@@ -18,14 +18,6 @@ NUMBERS = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = previous
-
-
 @pytest.mark.parametrize("dtype, arch, openai", [("*fp32", 80, False), ("*bf16", 90, True)])
 @pytest.mark.parametrize("name", ["nll", "nll_backward", "sample"])
 def test_mixture(name, dtype, arch, openai):

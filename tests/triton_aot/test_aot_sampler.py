@@ -18,14 +18,6 @@ from genkern.ops.diffusion._sampler_step_moments_triton import moments_kernel  #
 from genkern.ops.diffusion._sampler_step_triton import step_kernel  # noqa: E402
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = previous
-
-
 @pytest.mark.parametrize("dtype, arch", [("*fp32", 80), ("*fp32", 90), ("*fp32", 120), ("*bf16", 90)])
 @pytest.mark.parametrize("history, key, device_steps", [(2, False, True), (0, True, False)], ids=["guided 3M", "keyed noise"])
 def test_step(history, key, device_steps, dtype, arch):

@@ -22,14 +22,6 @@ each_arch = pytest.mark.parametrize("arch", [80, 90, 120])
 SCALARS = ("a", "b", "low", "high", "free_bits", "half", "rows")  # not declared divisible by 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    previous = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = previous
-
-
 def _hold(kernel, types, constants, arch, budget):
     code = compile_kernel(kernel, types, constants, arch, unaligned=SCALARS)
     assert code.stack == 0

@@ -5,8 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from genkern.core import Op, implements
-from genkern.core._backends import forced
+from genkern.core import Op
 from genkern.ops._common import (
     check_choice,
     check_device,
@@ -17,8 +16,8 @@ from genkern.ops._common import (
     in_working_type,
     promoted,
     same_precision,
-    working_type,
 )
+from genkern.ops.autoregressive._causal_conv1d_dense import behind, dense, for_kernel, gated, pays_dense, takes_kernels
 from genkern.ops.autoregressive._gated_activation import expanded, gated_activation
 from genkern.testing._case import Case
 
@@ -96,11 +95,8 @@ def causal_conv1d(
     final = _final_state(x, initial_state, seq_idx, past) if return_final_state else None  # first: out may be x
     if activation == "gated":
         y = _gated(x, weight, bias, initial_state, seq_idx, dilation, groups, condition)
-    elif groups == x.shape[1] == weight.shape[0]:
-        y = _depthwise(x, weight, bias, initial_state, seq_idx, dilation, activation == "silu", out)
     else:
-        y = _grouped(x, weight, bias, initial_state, seq_idx, dilation, groups)
-        y = F.silu(y) if activation == "silu" else y
+        y = _convolved(x, weight, bias, initial_state, seq_idx, dilation, groups, activation == "silu", out)
     if out is not None:
         y = out if y is out else out.copy_(y)
     return (y, final) if return_final_state else y
@@ -184,30 +180,27 @@ def _check_out(out, x, weight, bias, state, seq_idx, condition, gated):
     check_written(op, {"out": out}, (*tensors, seq_idx))
 
 
-def _behind(x, state, past):
-    """x behind its state, or behind zeros."""
-    if past == 0:
-        return x
-    return F.pad(x, (past, 0)) if state is None else torch.cat([state.to(x.dtype), x], 2)
-
-
 def _padded_index(seq_idx, past):
     return torch.cat([seq_idx[:, :1].expand(-1, past), seq_idx], 1)
 
 
 def _final_state(x, state, seq_idx, past):
     length = x.shape[2]
-    tail = x[..., length - past :].clone() if length >= past else _behind(x, state, past)[..., length:].clone()
+    tail = x[..., length - past :].clone() if length >= past else behind(x, state, past)[..., length:].clone()
     if seq_idx is None or length == 0:
         return tail
     index = _padded_index(seq_idx, past)[:, length:]
     return torch.where((index == seq_idx[:, -1:])[:, None], tail, 0)
 
 
-def _depthwise(x, weight, bias, state, seq_idx, dilation, silu, out=None):
+def _convolved(x, weight, bias, state, seq_idx, dilation, groups, silu, out=None):
+    """y, in `out` where a kernel writes there."""
+    if not groups == x.shape[1] == weight.shape[0]:
+        y = _grouped(x, weight, bias, state, seq_idx, dilation, groups)
+        return F.silu(y) if silu else y
     small = (None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias))
     arguments = (x, *small, state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
-    if out is None or _op._choose(x)[0] not in ("cpu", "reference") or (out.stride(2) != 1 and out.shape[2] > 1):
+    if out is None or _op.backend_of(x) not in ("cpu", "reference") or (out.stride(2) != 1 and out.shape[2] > 1):
         return _op(*arguments)
     _out_op(*arguments, out)
     torch.autograd.graph.increment_version(out)
@@ -218,19 +211,19 @@ def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
     """Any groups: a dense kernel, or torch's convolution, one for each tap where sequence indices forbid some."""
     past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
     dtype = promoted(x, weight, bias, state)
-    if seq_idx is None and pays_dense(weight, groups) and _takes_kernels(x, dtype):
-        x, state, weight, bias = _for_kernel(dense, x, state, weight, bias)
+    if seq_idx is None and pays_dense(weight, groups) and takes_kernels(x, dtype):
+        x, state, weight, bias = for_kernel(dense, x, state, weight, bias)
         return dense(x, state, weight, bias, None, dilation, groups).to(dtype)
     x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    behind = _behind(x, state, past)
+    padded = behind(x, state, past)
     if seq_idx is None:
-        return F.conv1d(behind, weight, bias, dilation=dilation, groups=groups)
+        return F.conv1d(padded, weight, bias, dilation=dilation, groups=groups)
     index = _padded_index(seq_idx, past)
     y = 0 if bias is None else bias[:, None]
     for k in range(weight.shape[2]):
         window = slice(k * dilation, k * dilation + length)
         same = (index[:, window] == seq_idx)[:, None]
-        y = y + F.conv1d(torch.where(same, behind[..., window], 0), weight[..., k : k + 1], groups=groups)
+        y = y + F.conv1d(torch.where(same, padded[..., window], 0), weight[..., k : k + 1], groups=groups)
     return torch.where((seq_idx < 0)[:, None], 0, y)
 
 
@@ -238,70 +231,27 @@ def _gated(x, weight, bias, state, seq_idx, dilation, groups, condition):
     """One pass; two where gradients are wanted, since then the gate's inputs are needed again."""
     tensors = (x, weight, bias, state, condition)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if wanted or groups > 1 or seq_idx is not None or not _takes_kernels(x, promoted(*tensors)):
-        depthwise = groups == x.shape[1] == weight.shape[0]
-        options = (x, weight, bias, state, seq_idx, dilation)
-        return gated_activation(_depthwise(*options, False) if depthwise else _grouped(*options, groups), condition)
+    if wanted or groups > 1 or seq_idx is not None or not takes_kernels(x, promoted(*tensors)):
+        return gated_activation(_convolved(x, weight, bias, state, seq_idx, dilation, groups, False), condition)
     if condition is not None:
         check_float("causal_conv1d", "condition", condition)
         check_device("causal_conv1d", "condition", condition, "x", x)
         condition = expanded("causal_conv1d", condition, (x.shape[0], weight.shape[0], x.shape[2]))
     dtype = promoted(*tensors)
-    x, state, weight, bias, condition = _for_kernel(gated, x, state, weight, bias, condition)
+    x, state, weight, bias, condition = for_kernel(gated, x, state, weight, bias, condition)
     return gated(x, state, weight, bias, None, condition, dilation).to(dtype)
-
-
-def _takes_kernels(x, dtype):
-    """Whether x goes to the dense kernels. On a GPU torch's convolution multiplies narrow types, and all inside autocast, on tensor
-    cores: nothing else is the default there before it was timed."""
-    if x.device.type == "cuda" and forced() in (None, "cpu", "emulated"):
-        return dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
-    return x.device.type in ("cpu", "cuda")
-
-
-def _for_kernel(op, x, state, weight, bias, *condition):
-    """The tensors as the backend of the dense ops takes them: the CPU's kernels all in the type of the arithmetic."""
-    tensors = x, state, weight.contiguous(), None if bias is None else bias.contiguous(), *condition
-    return in_working_type(*tensors) if op.backend_of(x) == "cpu" else same_precision(tensors)
-
-
-def pays_dense(weight, groups):
-    """The dense kernel computes 16 outputs of a group at once: of many groups of a few outputs it would waste most."""
-    return groups == 1 or weight.shape[0] >= 4 * groups
-
-
-def pack_dense(weight, groups=1):
-    """weight (C_out, C / groups, K) as the dense kernel reads it, for calls so short that packing would be most of the work."""
-    outputs, channels, taps = weight.shape
-    rows = F.pad(weight.detach().view(groups, -1, channels, taps), (0, 0, 0, 0, 0, -(outputs // groups) % 16))
-    return rows.view(groups, -1, 16, channels, taps).permute(0, 1, 4, 3, 2).contiguous()
-
-
-def _reference_dense(x, state, weight, bias, packed, dilation, groups):
-    dtype = promoted(x, state, weight, bias)
-    x, state, weight, bias = in_working_type(x, state, weight, bias)
-    behind = _behind(x, state, (weight.shape[2] - 1) * dilation)
-    return F.conv1d(behind, weight, bias, dilation=dilation, groups=groups).to(dtype)
-
-
-def _reference_gated(x, state, weight, bias, packed, condition, dilation):
-    dtype = promoted(x, state, weight, bias, condition)
-    x, state, weight, bias, condition = in_working_type(x, state, weight, bias, condition)
-    y = _reference_dense(x, state, weight, bias, None, dilation, 1)
-    a, b = (y if condition is None else y + condition).chunk(2, 1)
-    return (torch.tanh(a) * torch.sigmoid(b)).to(dtype)
 
 
 def _reference(x, weight, bias, state, seq_idx, dilation, silu):
     dtype = promoted(x, weight, bias, state)
     x, weight, bias, state = in_working_type(x, weight, bias, state)
     past, length = (weight.shape[1] - 1) * dilation, x.shape[2]
-    behind = _behind(x, state, past)
+    padded = behind(x, state, past)
     index = None if seq_idx is None else _padded_index(seq_idx, past)
     y = torch.zeros_like(x) if bias is None else bias[:, None].expand_as(x)
     for k in range(weight.shape[1]):
         window = slice(k * dilation, k * dilation + length)
-        tap = behind[..., window]
+        tap = padded[..., window]
         if index is not None:
             tap = torch.where((index[:, window] == seq_idx)[:, None], tap, 0)
         y = y + weight[:, k, None] * tap
@@ -346,48 +296,6 @@ _out_op = Op(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, int dilation, bool silu, Tensor(a!) out) -> ()",
     reference=_reference_out,
     fake=lambda *args: None,
-)
-
-
-def _dense_backward(grad, x, state, weight, bias, packed, dilation, groups):
-    """torch's own, on every backend: two products of matrices that oneDNN and cuDNN compute at the machine's limit, on a GPU with
-    tensor cores, and unlike those of the forward pass their bits are promised to nobody: they need not be the same in pieces. As for
-    torch.nn.Conv1d, torch.backends.cudnn says whether they may use TF32 and whether every run gives the same bits."""
-    given = x, state, weight, bias
-    dtype = promoted(*given) if x.is_cuda else working_type(*given)  # cuDNN adds narrow types up in float32
-    x, state, weight, grad = (None if t is None else t.to(dtype) for t in (x, state, weight, grad))
-    past = (weight.shape[2] - 1) * dilation
-    sizes, wanted = None if bias is None else list(bias.shape), [True, True, bias is not None]
-    behind = _behind(x, state, past)
-    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        grad.contiguous(), behind, weight, sizes, [1], [0], [dilation], False, [0], groups, wanted
-    )
-    got = of_x[..., past:], of_x[..., :past], of_weight, of_bias
-    return [g.to(t.dtype).contiguous() for g, t in zip(got, given, strict=True) if t is not None]
-
-
-for _backend in ("cpu", "cuda", "triton", "emulated"):
-    implements(_backend, "causal_conv1d_dense_backward")(_dense_backward)
-
-
-dense = Op(
-    "causal_conv1d_dense",
-    "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
-    reference=_reference_dense,
-    fake=lambda x, state, weight, bias, packed, dilation, groups: x.new_empty(
-        (x.shape[0], weight.shape[0], x.shape[2]), dtype=promoted(x, state, weight, bias)
-    ),
-    differentiable=("x", "state", "weight", "bias"),
-)
-
-
-gated = Op(
-    "causal_conv1d_gated",
-    "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, Tensor? condition, int dilation) -> Tensor",
-    reference=_reference_gated,
-    fake=lambda x, state, weight, bias, packed, condition, dilation: x.new_empty(
-        (x.shape[0], weight.shape[0] // 2, x.shape[2]), dtype=promoted(x, state, weight, bias, condition)
-    ),
 )
 
 

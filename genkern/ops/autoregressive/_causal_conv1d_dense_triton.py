@@ -2,7 +2,7 @@
 
 The depth runs over channels and taps. All columns (n, t) are numbered through, so that tiles are full for short sequences of a batch
 too. The order of a sum and the shape of a tile follow from the weights alone: an output has the same bits in any batch and however
-x is cut into pieces. There is no backward kernel: see _dense_backward in _causal_conv1d.py.
+x is cut into pieces. There is no backward kernel: see _dense_backward in _causal_conv1d_dense.py.
 """
 
 import torch

@@ -7,7 +7,6 @@ import triton.language as tl
 from genkern.core import implements
 from genkern.core import triton_lanes as lanes
 from genkern.ops._common import promoted
-from genkern.ops.autoregressive import _causal_conv1d_dense_triton  # noqa: F401  (its launchers register themselves)
 
 _BLOCK = 1024  # positions that a sum takes at a time
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from genkern.core import Op
 from genkern.ops._common import promoted
-from genkern.ops.autoregressive._causal_conv1d import pack_dense
+from genkern.ops.autoregressive._causal_conv1d_dense import pack_dense
 from genkern.testing._case import Case
 
 
