@@ -164,7 +164,7 @@ def test_dense_has_the_same_bits_in_any_tile(shape, backend):
         for n in {0, shape[0] - 1}:
             one = ops.causal_conv1d(x.mT.contiguous().mT[n : n + 1], weight, bias, dilation=2, initial_state=state[n : n + 1])
             assert torch.equal(one, whole[n : n + 1])
-        for chunk in (1, 13, 60) if shape[2] < 100 else (13, 60):
+        for chunk in (13, 60) if backend == "triton" and shape[2] > 100 else (1, 13, 60):  # the interpreter takes 12 s for steps
             pieces, carried = [], state
             for part in x.split(chunk, 2):
                 y, carried = ops.causal_conv1d(part, weight, bias, dilation=2, initial_state=carried, return_final_state=True)
