@@ -59,7 +59,9 @@ def test_interrupted(tmp_path):
     small = ["--width", "4", "--hidden", "16", "--save-every", "3", "--epochs", "1000"]  # by itself it would not end in time
     command = [sys.executable, "-m", "genkern", "train", "vae", "--data", "digits", *small, "--out", tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(Path(genkern.__file__).parent.parent)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, ignore it
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
     while not (tmp_path / "last.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
