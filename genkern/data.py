@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from genkern import random
+from genkern.ops._common import check_int
 
 SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slice(1617, 1797)}
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -77,8 +78,8 @@ def load(source, *, window=None):
     Images and rows of a .npy are shuffled and split 80 : 10 : 10; text and sound are split in their order, so that no window
     of one split has its neighbours in another.
     """
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"load: window must be a positive int, got {window!r}")
+    if window is not None:
+        check_int("load", "window", window)
     path = Path(os.path.abspath(source))  # the name of the data serves from other folders too
     if str(source) in IMAGES_BUILT_IN:
         _no_windows(source, window)

@@ -22,7 +22,7 @@ import torch
 from torch.compiler import is_compiling
 
 from genkern.core._op import transforming
-from genkern.ops._common import check_device, check_number, check_tensor
+from genkern.ops._common import FLOATS, check_device, check_int, check_number, check_tensor
 from genkern.ops.random import _random
 from genkern.ops.random._random import STREAM_VERSION
 
@@ -30,8 +30,6 @@ __all__ = [
     "STREAM_VERSION", "bernoulli", "bits", "draw_key", "exponential", "fold_in", "gumbel", "key", "logistic", "normal", "split",
     "truncated_normal", "uniform",
 ]  # fmt: skip
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # ---- keys
 
@@ -46,8 +44,7 @@ def key(seed, *, device="cpu"):
 def split(key, n):
     """n independent keys (n, 2) from one key (2,); split(key, n)[i] does not depend on n. From (N, 2): (N, n, 2)."""
     check_key("split", key)
-    if not isinstance(n, int) or n < 0:
-        raise ValueError(f"split: n must be a non-negative int, got {n!r}")
+    check_int("split", "n", n, 0)
     if transforming() or key.device.type not in ("cpu", "cuda"):
         return _keys_at(key, torch.arange(n, device=key.device))
     low = (bits(key, (*key.shape[:-1], 4 * n)).to(torch.int64) & 0xFFFFFFFF).unflatten(-1, (n, 4))  # the same words from the kernel
@@ -128,7 +125,7 @@ def uniform(key, shape, low=0.0, high=1.0, *, dtype=torch.float32, device=None, 
     """low + (high - low) u, u uniform on [0, 1): as many bits as the dtype holds (24; half 11, bfloat16 8, float64 53)."""
     if not type(low) is type(high) is float:
         low, high = _numbers("uniform", low=low, high=high)
-    return _draw("uniform", key, shape, dtype, device, out, _FLOATS, high - low, low)
+    return _draw("uniform", key, shape, dtype, device, out, FLOATS, high - low, low)
 
 
 def normal(key, shape, mean=0.0, std=1.0, *, dtype=torch.float32, device=None, out=None):
@@ -137,12 +134,12 @@ def normal(key, shape, mean=0.0, std=1.0, *, dtype=torch.float32, device=None, o
     key int64 (2,) or (shape[0], 2) on the CPU or the device of the result; device defaults to the key's. `out`: a contiguous
     tensor of that shape to fill instead of a new one, in its own dtype.
     """
-    return _draw("normal", key, shape, dtype, device, out, _FLOATS, std, mean)
+    return _draw("normal", key, shape, dtype, device, out, FLOATS, std, mean)
 
 
 def bernoulli(key, p, shape=None, *, dtype=torch.float32, device=None, out=None):
     """1 with probability p, else 0. p: a number (exact to 2^-32), or a tensor of probabilities whose shape is then the result's."""
-    dtypes = (*_FLOATS, torch.uint8, torch.bool)
+    dtypes = (*FLOATS, torch.uint8, torch.bool)
     if isinstance(p, torch.Tensor):
         check_key("bernoulli", key)
         if not p.is_floating_point():
@@ -167,17 +164,17 @@ def exponential(key, shape, rate=1.0, *, dtype=torch.float32, device=None, out=N
     (rate,) = _numbers("exponential", rate=rate)
     if not rate > 0:
         raise ValueError(f"exponential: rate must be positive, got {rate}")
-    return _draw("exponential", key, shape, dtype, device, out, _FLOATS, 1.0 / rate)
+    return _draw("exponential", key, shape, dtype, device, out, FLOATS, 1.0 / rate)
 
 
 def gumbel(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
     """loc - scale ln(-ln u): argmax(logits + gumbel) draws from softmax(logits) (Gumbel, 1954)."""
-    return _draw("gumbel", key, shape, dtype, device, out, _FLOATS, scale, loc)
+    return _draw("gumbel", key, shape, dtype, device, out, FLOATS, scale, loc)
 
 
 def logistic(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
     """loc + scale ln(u / (1 - u))."""
-    return _draw("logistic", key, shape, dtype, device, out, _FLOATS, scale, loc)
+    return _draw("logistic", key, shape, dtype, device, out, FLOATS, scale, loc)
 
 
 def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, device=None, out=None):
@@ -191,7 +188,7 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
         raise ValueError(f"truncated_normal: low must be below high, got {low} and {high}")
     check_key("truncated_normal", key)
     shape = _size("truncated_normal", shape)
-    _check_result("truncated_normal", key, shape, dtype, out, _FLOATS)
+    _check_result("truncated_normal", key, shape, dtype, out, FLOATS)
     dtype = dtype if out is None else out.dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     limit = 8.0 if work == torch.float64 else 5.0

@@ -43,6 +43,7 @@ import torch
 from genkern import checkpoint, random
 from genkern._version import __version__
 from genkern.models._base import Training, is_sharded, write
+from genkern.ops._common import check_int
 
 FILES = ("config.json", "model.safetensors", "last.safetensors", "run.json", "history.json")
 
@@ -60,8 +61,8 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     core = getattr(model, "_orig_mod", model)
     core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
     settings = _settings(core, training)
-    if save_every is not None and save_every < 1:
-        raise ValueError(f"fit: save_every must be positive, got {save_every}")
+    if save_every is not None:
+        check_int("fit", "save_every", save_every)
     if resume and out is None:
         raise ValueError("fit: resume needs the folder `out`")
     inputs, labels = data.train

@@ -282,7 +282,7 @@ def test_vmap_over_keys():
         (lambda: gr.exponential(KEY, (2,), 0.0), ValueError, "rate must be positive"),
         (lambda: gr.truncated_normal(KEY, (2,), 1.0, 1.0), ValueError, "low must be below high"),
         (lambda: gr.key("seven"), TypeError, "seed must be an int, got str"),
-        (lambda: gr.split(KEY, -1), ValueError, "n must be a non-negative int"),
+        (lambda: gr.split(KEY, -1), ValueError, "n must be an int of at least 0"),
     ],
 )
 def test_errors(call, error, words):

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from genkern.ops._common import check_int
+
 
 def ngram_bits(train, test, order, *, vocabulary=256):
     """Bits per symbol of test under the counts of train with contexts of order - 1 symbols: a float. order 2: bigrams.
@@ -13,8 +15,7 @@ def ngram_bits(train, test, order, *, vocabulary=256):
     p(a | context) = (max(count(context a) - 3/4, 0) + 3/4 kinds(context) p(a | shorter context)) / count(context), where kinds counts
     the different symbols seen there; a context that was never seen is shortened, and below the empty one is the uniform distribution.
     """
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-        raise ValueError(f"ngram_bits: order must be a positive int, got {order!r}")
+    check_int("ngram_bits", "order", order)
     train, test = train.long(), test.long()
     discount, p = 0.75, torch.full(test.shape, 1 / vocabulary, dtype=torch.float64)
     for length in range(1, order + 1):  # of the context and its symbol

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from genkern.ops._common import check_int
+
 BLOCK = 1 << 22  # distances held at once
 
 
@@ -101,8 +103,7 @@ def _same_width(name, a, b):
 
 
 def _pair(name, real, fake, k):
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"{name}: k must be a positive int, got {k!r}")
+    check_int(name, "k", k)
     real, fake = _features(name, "real", real, k + 1), _features(name, "fake", fake, k + 1)
     _same_width(name, real, fake)
     return real, fake

@@ -13,6 +13,7 @@ import torch
 
 from genkern import random
 from genkern._version import __version__
+from genkern.ops._common import check_int
 
 MODELS: dict = {}  # class name -> class, for load()
 
@@ -88,8 +89,7 @@ class Model(torch.nn.Module):
         are. ValueError, TypeError for a number of samples, a key or a batch_size that is none."""
         device, name = next(self.parameters()).device, type(self).__name__
         for what, value, least in (("n", n, 0), ("batch_size", batch_size, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: sample: {what} must be an int of at least {least}, got {value!r}")
+            check_int(f"{name}: sample", what, value, least)
         key = random.draw_key(generator, device) if key is None else key
         random.check_key(f"{name}: sample", key)
         if key.dim() == 2 and len(key) != n:
@@ -137,8 +137,8 @@ class Model(torch.nn.Module):
         for field in dataclasses.fields(config):  # what counts something by default must count something
             value = getattr(config, field.name)
             counts = field.type in (int, "int") and type(field.default) is int and field.default > 0  # not int | None
-            if counts and (type(value) is not int or value < 1):
-                raise ValueError(f"{type(self).__name__}: {field.name} must be a positive int, got {value!r}")
+            if counts:
+                check_int(type(self).__name__, field.name, value)
         self.config, self.kind = config, type(self).__name__
 
     def save_pretrained(self, folder):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from genkern import ops
-from genkern.ops._common import check_choice
+from genkern.ops._common import check_choice, check_int
 from genkern.ops.flow._affine_coupling import SCALES
 from genkern.ops.flow._squeeze import ORDERS
 
@@ -255,8 +255,9 @@ class SplineCoupling(_Coupling):
 
     def __init__(self, network, channels, changed=None, *, bins=8, bound=3.0):
         super().__init__(network, channels, changed)
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1 or not bound > 0:
-            raise ValueError(f"SplineCoupling: bins must be a positive int and bound positive, got {bins!r} and {bound!r}")
+        check_int("SplineCoupling", "bins", bins)
+        if not bound > 0:
+            raise ValueError(f"SplineCoupling: bound must be positive, got {bound!r}")
         self.bins, self.bound = bins, bound
 
     def _couple(self, x, params, inverse, log_det):

@@ -6,6 +6,7 @@ from torch import nn
 
 from genkern import ops
 from genkern.nn.flow_layers import splined
+from genkern.ops._common import check_int
 
 
 class MADE(nn.Module):
@@ -19,10 +20,9 @@ class MADE(nn.Module):
 
     def __init__(self, features, per_input, hidden=(64, 64), context=0, layout="blocks"):
         super().__init__()
-        if features < 1 or per_input < 1 or not hidden:
-            raise ValueError(
-                f"MADE: features, per_input and hidden layers must be at least 1, got {features}, {per_input} and {hidden}"
-            )
+        for name, values in (("features", [features]), ("per_input", [per_input]), ("hidden", hidden)):
+            for value in values or [0]:
+                check_int("MADE", name, value)
         degrees = [torch.arange(1, features + 1)]
         for width in hidden:  # as even as they can be, sorted: what made_inverse runs fastest
             degrees.append(torch.arange(width) * max(1, features - 1) // width + 1)

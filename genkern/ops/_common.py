@@ -127,6 +127,11 @@ def check_number(op, name, value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
+def check_int(op, name, value, least=1):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{op}: {name} must be an int of at least {least}, got {value!r}")
+
+
 def check_choice(op, name, value, choices):
     if value not in tuple(choices):
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from genkern.ops._common import check_choice
+from genkern.ops._common import check_choice, check_int
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Schedule:
         exploding   variance preserving schedules as x_0 + sigma n, the model's input scaled
         """
         check_choice("grid", "final", final, ("zero", "first"))
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"grid: steps must be a positive int, got {steps!r}")
+        if steps is not None:
+            check_int("grid", "steps", steps)
         if self.kind == "flow":
             return self._flow_grid(steps, sigmas, spare)
         if self.kind == "edm":

@@ -124,7 +124,7 @@ def test_repetition_penalty():
     "settings, words",
     [
         ({"temperature": -1}, "temperature must be non-negative"),
-        ({"top_k": 0}, "top_k must be a positive int"),
+        ({"top_k": 0}, "top_k must be an int of at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 2.0}, "min_p"),
         ({"order": "first"}, "'joint', 'sequential'"),

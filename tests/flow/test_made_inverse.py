@@ -85,7 +85,7 @@ def test_masked_linear():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"batch": -1}, ValueError, "batch must be a non-negative int"),
+        ({"batch": -1}, ValueError, "batch must be an int of at least 0"),
         ({"degrees": [torch.arange(1, 4)]}, ValueError, "degrees must be of the inputs and of each hidden layer"),
         ({"degrees": [torch.arange(3), torch.ones(4)]}, ValueError, "must be a permutation of 1"),
         ({"layers": [(torch.zeros(4, 2), None), (torch.zeros(3, 4), None)]}, ValueError, "weight 0 must have shape"),

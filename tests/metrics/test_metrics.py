@@ -110,7 +110,7 @@ def test_class_shares():
         (lambda x: metrics.frechet_distance(x, x[:, :3]), "same number of features, got 4 and 3"),
         (lambda x: metrics.frechet_distance(x, x.log()), "b holds numbers that are not finite"),
         (lambda x: metrics.precision_recall(x[:3], x), "N at least 4"),
-        (lambda x: metrics.density_coverage(x, x, k=0), "positive int, got 0"),
+        (lambda x: metrics.density_coverage(x, x, k=0), "k must be an int of at least 1, got 0"),
         (lambda x: metrics.nearest_neighbours(x[0], x), r"samples must be \(N, d\)"),
     ],
 )

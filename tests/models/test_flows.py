@@ -292,7 +292,7 @@ def test_wrong_settings_are_refused_in_words():
     ):
         with pytest.raises(ValueError, match=words):
             kind(config)
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="samples must be an int of at least 1, got 0"):
         make("glow").log_prob(torch.zeros(1, 1, 4, 4), samples=0)
     model = make("glow-classes")
     with pytest.raises(ValueError, match=r"0\.\.2, got 3\.\.3"):

@@ -306,7 +306,7 @@ def test_fits_a_data_set(kind):
         (GAN, {"network": "rnn"}, "network must be one of mlp, conv"),
         (GAN, {"loss": "l2"}, "loss must be one of"),
         (GAN, {"loss": "wasserstein", "spectral_norm": False}, "needs spectral_norm or gradient_penalty"),
-        (GAN, {"critic_steps": 0}, "critic_steps must be a positive int"),
+        (GAN, {"critic_steps": 0}, "critic_steps must be an int of at least 1"),
         (DCGAN, {"size": 6}, "size must be a multiple of 4, got 6"),
         (WGAN, {"loss": "hinge"}, "loss must be wasserstein"),
         (WGAN, {"clip": 0.0}, "clip must be positive"),

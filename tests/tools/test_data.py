@@ -116,7 +116,7 @@ def test_text_is_split_in_its_order(tmp_path):
     assert torch.equal(everything(data).flatten().long(), torch.arange(1000) % 256)
     refused("1003 bytes, less than one window of 2000", file, window=2000)
     refused("1 windows of 1000 bytes; three", file, window=1000)
-    refused("positive int, got 0", file, window=0)
+    refused("window must be an int of at least 1, got 0", file, window=0)
     refused("window is for text", "digits", window=3)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from genkern import ops, random
 from genkern.models._base import Model, Output, check_tensor, class_labels
+from genkern.ops._common import check_int
 
 TRANSFORMS = ("center", "logit")
 _ALPHA = 0.05  # logit(alpha + (1 - 2 alpha) v): what keeps the ends finite
@@ -56,10 +57,8 @@ class FlowModel(Model):
             raise ValueError(f"{name}: levels must be in 1..255 or None, got {c.levels}")
         if c.transform not in TRANSFORMS:
             raise ValueError(f"{name}: transform must be one of {', '.join(TRANSFORMS)}, got {c.transform!r}")
-        if c.classes < 0:
-            raise ValueError(f"{name}: classes must be at least 0, got {c.classes}")
-        if type(c.context) is not int or c.context < 0:
-            raise ValueError(f"{name}: context must be an int of at least 0, got {c.context!r}")
+        check_int(name, "classes", c.classes, 0)
+        check_int(name, "context", c.context, 0)
         self.context = (_EMBEDDED if c.classes else 0) + c.context  # features: an embedded label, then the numbers given
         if c.classes:
             self.conditions = ("labels",)
@@ -95,8 +94,7 @@ class FlowModel(Model):
         """(N,) in nats: of float inputs the log-density; of uint8 inputs the dequantization bound of the log-probability, with
         samples > 1 the tighter importance-weighted one (the logarithm of the mean over as many draws of u)."""
         check_tensor(type(self).__name__, x)
-        if samples < 1:
-            raise ValueError(f"{type(self).__name__}: samples must be at least 1, got {samples}")
+        check_int(type(self).__name__, "samples", samples)
         key = random.draw_key(generator, x.device) if key is None else key
         keys = [key] if samples == 1 else random.split(key, samples).unbind(-2)
         found = []

@@ -18,11 +18,6 @@ class IWAE(VAE):
 
     Config = IWAEConfig
 
-    def __init__(self, config):
-        super().__init__(config)
-        if config.samples < 1:
-            raise ValueError(f"IWAE: samples must be at least 1, got {config.samples}")
-
     def forward(self, batch, *, key=None, generator=None, **conditions):
         """.loss: minus the bound, the mean over the batch, nats per image; no parts. key (2,) or (N, 2)."""
         key = random.draw_key(generator, batch.device) if key is None else key

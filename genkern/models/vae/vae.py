@@ -31,6 +31,7 @@ from genkern.ops import (
     reparameterize,
     reparameterize_kl,
 )
+from genkern.ops._common import check_int
 
 LIKELIHOODS = ("bernoulli", "gaussian", "discretized_logistic")
 
@@ -183,8 +184,7 @@ class VAE(Model):
         The sum runs along with the samples, so without gradients memory does not grow with K. With gradients the decoder's
         activations of every sample are kept, unless recompute: then of one, and the backward pass decodes each sample again.
         """
-        if samples < 1:
-            raise ValueError(f"{type(self).__name__}: samples must be at least 1, got {samples}")
+        check_int(type(self).__name__, "samples", samples)
         moments = self._moments(x, **conditions)
         if samples == 1:
             z, kl = reparameterize_kl(moments, key=random.split(key, 1).select(-2, 0))

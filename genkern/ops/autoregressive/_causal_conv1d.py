@@ -10,6 +10,7 @@ from genkern.ops._common import (
     check_choice,
     check_device,
     check_float,
+    check_int,
     check_shape,
     check_tensor,
     check_written,
@@ -163,8 +164,7 @@ def _check(op, x, weight, bias, dilation, activation, activations=(None, "silu")
         check_float(op, "bias", bias)
         check_shape(op, "bias", bias, weight.shape[:1], "(C_out,)")
         check_device(op, "bias", bias, "x", x)
-    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-        raise ValueError(f"{op}: dilation must be a positive integer, got {dilation!r}")
+    check_int(op, "dilation", dilation)
     check_choice(op, "activation", activation, activations)
 
 

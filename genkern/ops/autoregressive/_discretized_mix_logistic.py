@@ -11,6 +11,7 @@ from genkern.ops._common import (
     check_choice,
     check_device,
     check_float,
+    check_int,
     check_number,
     check_shape,
     in_working_type,
@@ -52,7 +53,7 @@ def discretized_mix_logistic_nll(x, params, *, mode="exact", levels=256, min_log
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: x is data and has no gradient: detach it")
     check_choice(op, "mode", mode, ("exact", "openai"))
-    _check_levels(op, levels)
+    check_int(op, "levels", levels, 2)
     check_number(op, "min_log_scale", min_log_scale)
     x, params = same_precision((x, params))
     return _nll(x, params, levels, float(min_log_scale), mode == "openai")
@@ -84,7 +85,7 @@ def discretized_mix_logistic_sample(
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
     if levels is not None:
-        _check_levels(op, levels)
+        check_int(op, "levels", levels, 2)
     k = _mixtures(op, params, channels)
     shape = (params.shape[0], k + channels, *params.shape[2:])
     if uniforms is None:
@@ -115,7 +116,7 @@ def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=25
     op = "discretized_mix_logistic_cdf"
     check_float(op, "params", params)
     check_choice(op, "channels", channels, (1, 3))
-    _check_levels(op, levels)
+    check_int(op, "levels", levels, 2)
     check_number(op, "min_log_scale", min_log_scale)
     k = _mixtures(op, params, channels)
     if previous is None:
@@ -157,11 +158,6 @@ def _log_bin(x, mean, log_scale, levels):
     a, b = inverse * (x - mean + h), inverse * (x - mean - h)
     inside = torch.log(-torch.expm1(-2 * h * inverse)) - softplus(-a) - softplus(b)
     return torch.where(x < -edge, -softplus(-a), torch.where(x > edge, -softplus(b), inside))
-
-
-def _check_levels(op, levels):
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"{op}: levels must be an int of at least 2, got {levels!r}")
 
 
 def _mixtures(op, params, channels):

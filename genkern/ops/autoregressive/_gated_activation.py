@@ -5,7 +5,7 @@ import math
 import torch
 
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_device, check_float, in_working_type, promoted, same_precision
+from genkern.ops._common import check_choice, check_device, check_float, check_int, in_working_type, promoted, same_precision
 from genkern.testing._case import Case
 
 
@@ -26,8 +26,7 @@ def gated_activation(x, condition=None, *, colors=1, layout="grouped"):
     op = "gated_activation"
     check_float(op, "x", x)
     check_choice(op, "layout", layout, ("grouped", "interleaved"))
-    if isinstance(colors, bool) or not isinstance(colors, int) or colors < 1:
-        raise ValueError(f"{op}: colors must be a positive integer, got {colors!r}")
+    check_int(op, "colors", colors)
     if x.dim() < 2 or x.shape[1] % (2 * colors):
         raise ValueError(f"{op}: x must have shape (N, 2C, ...) with C divisible by colors {colors}, got {tuple(x.shape)}")
     if condition is not None:

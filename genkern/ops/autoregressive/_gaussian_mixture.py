@@ -5,7 +5,7 @@ import math
 import torch
 
 from genkern import random
-from genkern.ops._common import check_device, check_float, check_number, check_shape, in_working_type, working_type
+from genkern.ops._common import check_device, check_float, check_int, check_number, check_shape, in_working_type, working_type
 
 
 def gaussian_mixture_nll(x, params, *, min_log_scale=-7.0):
@@ -54,8 +54,7 @@ def gaussian_mixture_sample(params, *, channels=1, temperature=1.0, min_log_scal
     check_float(op, "params", params)
     for name, value in (("temperature", temperature), ("min_log_scale", min_log_scale)):
         check_number(op, name, value)
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"{op}: channels must be a positive int, got {channels!r}")
+    check_int(op, "channels", channels)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
     k = _mixtures(op, params, channels)

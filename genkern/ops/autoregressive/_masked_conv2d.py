@@ -9,7 +9,7 @@ from torch.nn.grad import conv2d_weight
 
 from genkern.core import Op, implements
 from genkern.core._backends import BACKENDS
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, in_working_type, promoted, working_type
+from genkern.ops._common import check_choice, check_device, check_float, check_int, check_shape, in_working_type, promoted, working_type
 from genkern.testing._case import Case
 
 
@@ -58,8 +58,7 @@ def masked_conv2d(x, weight, bias=None, *, mask_type, colors=1, layout="grouped"
 def check_channels(op, mask_type, colors, layout, channels, channels_out):
     check_choice(op, "mask_type", mask_type, ("A", "B"))
     check_choice(op, "layout", layout, ("grouped", "interleaved"))
-    if isinstance(colors, bool) or not isinstance(colors, int) or colors < 1:
-        raise ValueError(f"{op}: colors must be a positive integer, got {colors!r}")
+    check_int(op, "colors", colors)
     if channels % colors or channels_out % colors:
         raise ValueError(f"{op}: the channels must be divisible by colors {colors}, got {channels} in and {channels_out} out")
 

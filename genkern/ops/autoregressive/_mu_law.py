@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from genkern.ops._common import check_choice, check_float
+from genkern.ops._common import check_choice, check_float, check_int
 
 
 def mu_law_encode(x, levels=256, *, rounding="nearest"):
@@ -40,6 +40,5 @@ def mu_law_decode(index, levels=256, *, dtype=torch.float32):
 
 def _mu(op, levels, rounding):
     check_choice(op, "rounding", rounding, ("nearest", "floor"))
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"{op}: levels must be an int of at least 2, got {levels!r}")
+    check_int(op, "levels", levels, 2)
     return levels - 1

@@ -7,7 +7,7 @@ import torch
 from genkern import random
 from genkern.core import Op
 from genkern.core._op import transforming
-from genkern.ops._common import check_choice, check_device, check_float, check_number, check_shape
+from genkern.ops._common import check_choice, check_device, check_float, check_int, check_number, check_shape
 from genkern.testing._case import Case
 
 
@@ -60,8 +60,8 @@ def sample_tokens(
             check_number(op, name, value)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"{op}: temperature must be non-negative and finite, got {temperature}")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"{op}: top_k must be a positive int, got {top_k!r}")
+    if top_k is not None:
+        check_int(op, "top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:

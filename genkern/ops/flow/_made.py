@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from genkern.ops._common import check_choice, check_device, check_float, check_shape, check_tensor, promoted
+from genkern.ops._common import check_choice, check_device, check_float, check_int, check_shape, check_tensor, promoted
 
 LAYOUTS = ("blocks", "interleaved")
 _BLOCK = 32  # inputs
@@ -50,8 +50,7 @@ def made_masks(degrees, per_input=1, layout="blocks"):
     TypeError, ValueError on anything else.
     """
     check_choice("made_masks", "layout", layout, LAYOUTS)
-    if isinstance(per_input, bool) or not isinstance(per_input, int) or per_input < 1:
-        raise ValueError(f"made_masks: per_input must be a positive int, got {per_input!r}")
+    check_int("made_masks", "per_input", per_input)
     if not isinstance(degrees, (list, tuple)) or len(degrees) < 1:
         raise ValueError(f"made_masks: degrees must be a list of tensors, the first those of the inputs, got {degrees!r}")
     for degree in degrees:
@@ -156,8 +155,7 @@ def _sorted(weights, biases, degrees, order, layout, bias_of_sample):
 def _check_made(batch, weights, biases, degrees, layout, bias_of_sample):
     op = "made_inverse"
     check_choice(op, "layout", layout, LAYOUTS)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
-        raise ValueError(f"{op}: batch must be a non-negative int, got {batch!r}")
+    check_int(op, "batch", batch, 0)
     if len(degrees) != len(weights) or not weights:
         raise ValueError(f"{op}: degrees must be of the inputs and of each hidden layer, got {len(degrees)} for {len(weights)} layers")
     inputs = len(degrees[0])

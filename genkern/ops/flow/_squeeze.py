@@ -1,6 +1,6 @@
 """squeeze, unsqueeze: space into channels and back, for multi-scale flows. Their log-determinant is zero."""
 
-from genkern.ops._common import check_choice, check_float
+from genkern.ops._common import check_choice, check_float, check_int
 
 ORDERS = ("channel", "position")
 
@@ -40,5 +40,4 @@ def unsqueeze(x, factor=2, *, order="channel"):
 def _check(op, x, factor, order):
     check_float(op, "x", x, 4)
     check_choice(op, "order", order, ORDERS)
-    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"{op}: factor must be a positive int, got {factor!r}")
+    check_int(op, "factor", factor)

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from genkern.core import Op, backend
-from genkern.ops._common import FLOATS, check_float, check_like, in_working_type, same_precision, sum_per_sample, working_type
+from genkern.ops._common import (
+    FLOATS,
+    check_float,
+    check_int,
+    check_like,
+    in_working_type,
+    same_precision,
+    sum_per_sample,
+    working_type,
+)
 from genkern.testing._case import Case
 
 
@@ -71,8 +80,7 @@ def discretized_logistic_nll(mu, log_scale, x, *, levels=256):
     if not _alike(mu, log_scale, x):
         _check("discretized_logistic_nll", x, mu=mu, log_scale=log_scale)
         mu, log_scale, x = same_precision((mu, log_scale, x))
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"discretized_logistic_nll: levels must be an int of at least 2, got {levels!r}")
+    check_int("discretized_logistic_nll", "levels", levels, 2)
     return _run(_discretized_logistic, x, mu, log_scale, x, levels)
 
 
