@@ -7,7 +7,7 @@ BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.13"
 python = $(VENV)/bin/python
 native = setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: test bench gallery native gpu wheel check-abi format lint
+.PHONY: test bench gallery native emulated gpu wheel check-abi format lint
 
 test: $(VENV)/built
 	$(python) -m pytest
@@ -27,11 +27,18 @@ $(VENV)/built: $(native)
 
 # The inner loop of kernel work: only the CPU library of this machine's instruction set, rebuilt where a source changed.
 SET ?= $(shell $(python) -c "import torch; print({'AVX512': 'avx512', 'AVX2': 'avx2'}.get(torch.backends.cpu.get_cpu_capability(), 'base'))")
+configure = test -f build/native/build.ninja || $(python) -m cmake -S . -B build/native -GNinja -DGENKERN_HOST=OFF \
+  -DGENKERN_TORCH_DIR=$$($(python) -c "import os, torch; print(os.path.dirname(torch.__file__))")
 native:
-	test -d build/native || $(python) -m cmake -S . -B build/native -GNinja -DGENKERN_HOST=OFF \
-	  -DGENKERN_TORCH_DIR=$$($(python) -c "import os, torch; print(os.path.dirname(torch.__file__))")
+	$(configure)
 	$(python) -m cmake --build build/native --target _C_cpu_$(SET)
 	cp build/native/_C_cpu_$(SET).so genkern/.new.so && mv genkern/.new.so genkern/_C_cpu_$(SET).so  # processes keep the old one
+
+# The CUDA sources for the CPU, where the tests of GENKERN_EMULATED_LIBRARY=$PWD/build/native/_C_emulated.so run them.
+emulated:
+	$(configure)
+	$(python) -m cmake build/native -DGENKERN_EMULATED=ON
+	$(python) -m cmake --build build/native --target _C_emulated
 
 # On a machine with an NVIDIA GPU, into its own interpreter: install, tests, compute-sanitizer, verify, benches.
 gpu:

@@ -132,6 +132,8 @@ def test_compiles_whole(case):
 def test_inductor_and_export(case):
     arguments = case.arguments(Make(), case.shapes[0])
     outputs = flat(case.function(**arguments))
+    native = core.OPS[case.name].default("cpu")[0] != "reference"  # a reference is fused by Inductor, which rounds as it likes
+    tolerance = {"rtol": 0, "atol": 0} if native else {}
 
     class Module(torch.nn.Module):
         def forward(self, arguments):
@@ -141,7 +143,7 @@ def test_inductor_and_export(case):
     exported = torch.export.export(Module(), (arguments,)).module()
     for function in (torch.compile(Module(), fullgraph=True), exported):
         for a, b in zip(flat(function(arguments)), outputs, strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
 
 
 @each_case
