@@ -115,7 +115,8 @@ void tiles(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int
   S* y = job.y + group * weights.outputs * job.time;
   const int64_t sample = job.rows() * job.time, n = first / job.time, t = first % job.time, step = job.condition.stride[2];
   const bool direct = count == kWidth && t + count <= job.time && (step == 0 || step == 1);
-  Finish<S> finish{direct ? y + n * sample + t : buffers.out.data(), direct ? job.time : kWidth, job.activation};
+  const int64_t rows = job.gated() ? weights.outputs / 2 : weights.outputs;
+  Finish<S> finish{direct ? y + n * sample + t : buffers.out.data(), direct ? job.time : kWidth, rows, job.activation};
   if (job.condition.data && direct) {
     finish.condition = job.condition.at(n, 0, t), finish.along[0] = job.condition.stride[1], finish.along[1] = step;
   } else if (job.condition.data) {
@@ -129,7 +130,7 @@ void tiles(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int
     product_of_tile(weights, buffers.in.data() + at * weights.depth, count - at, finish.from_column(at));
   if (direct) return;
   each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
-    for (int64_t o = 0; o < (job.gated() ? weights.outputs / 2 : weights.outputs); o++)
+    for (int64_t o = 0; o < rows; o++)
       copy(buffers.out.data() + o * kWidth + at, 1, run, y + m * sample + o * job.time + s);
   });
 }

@@ -54,11 +54,15 @@ enum class Activation { kNone, kSilu, kGate };
 template <class S>
 struct Finish {
   S* y;
-  int64_t stride;
+  int64_t stride, rows;
   Activation activation;  // kGate: row and row + half of the outputs make row of y
   const S* condition = nullptr;  // of output (row, column), added before the gate: condition[row * along[0] + column * along[1]],
   int64_t along[2] = {};         // the second 0 or 1
   bool gated() const { return activation == Activation::kGate; }
+  void fetch(int64_t row, int64_t column) const {  // into the second cache, while the products are formed
+    if (row < rows) __builtin_prefetch(y + row * stride + column, 1, 2);
+    if (condition) __builtin_prefetch(condition + row * along[0] + column * along[1], 0, 2);
+  }
   Finish from_column(int64_t column) const {
     Finish moved = *this;
     moved.y += column;
@@ -79,6 +83,8 @@ void rows_of_columns(const Weights<S>& weights, int64_t first, int64_t second, c
   using V = typename Tile<S>::V;
   constexpr int kRows = Tile<S>::kRows, kHalf = kRows / 2, kCount = Tile<S>::kCount, kWidth = Tile<S>::kColumns;
   const auto row = [&](int o) { return o < kHalf ? first + o : second + o - kHalf; };
+  for (int o = 0; o < kRows; o++)
+    for (int j = 0; j < kVectors; j++) finish.fetch(row(o), j * kCount);
   V total[kRows][kVectors];
   for (int o = 0; o < kRows; o++)
     for (int j = 0; j < kVectors; j++) total[o][j] = (weights.bias && row(o) < weights.outputs ? weights.bias[row(o)] : S{}) - V{};
