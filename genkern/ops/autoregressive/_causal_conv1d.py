@@ -121,21 +121,24 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
     op = "causal_conv1d_update"
     check_float(op, "x", x, (2, 3))
     check_float(op, "weight", weight, (2, 3))
-    if weight.dim() == 2:
-        weight = weight[:, None]
-    steps = x if x.dim() == 3 else x[..., None]
-    _check(op, steps, weight, bias, dilation, activation)
-    check_shape(op, "weight", weight, (x.shape[1], 1, weight.shape[2]), "(C, 1, K)")
     check_float(op, "state", state, 3)
-    past = (weight.shape[2] - 1) * dilation
+    one, channels, taps = x.dim() == 2, x.shape[1], weight.shape[-1]
+    if weight.dim() == 3:
+        check_shape(op, "weight", weight, (channels, 1, taps), "(C, 1, K)")
+        weight = weight.squeeze(1)
+    else:
+        check_shape(op, "weight", weight, (channels, taps), "(C, K)")
+    _check_filter(op, x, weight, bias, dilation, activation)
+    past = (taps - 1) * dilation
     slots = x.shape[0] if state_indices is None else state.shape[0]
-    if state.shape[:2] != (slots, x.shape[1]) or state.shape[2] < past:
+    if state.shape[:2] != (slots, channels) or state.shape[2] < past:
         raise ValueError(
-            f"{op}: state must have shape (slots, C, P >= (K - 1) dilation) = ({slots}, {x.shape[1]}, >= {past}), "
+            f"{op}: state must have shape (slots, C, P >= (K - 1) dilation) = ({slots}, {channels}, >= {past}), "
             f"got {tuple(state.shape)}"
         )
     check_device(op, "state", state, "x", x)
-    check_written(op, {"state": state})
+    if not state.is_contiguous():
+        check_written(op, {"state": state})
     if state_indices is not None:
         check_tensor(op, "state_indices", state_indices, torch.int32)
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
@@ -146,19 +149,24 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
         state_indices = state_indices.contiguous()
     if _gradient_wanted(x, state, weight, bias):
         raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
-    weight, bias, steps, wide = same_precision((weight, bias, steps, state))
-    weight = weight.reshape(weight.shape[0], -1).contiguous()
-    y = _update(steps, wide, weight, None if bias is None else bias.contiguous(), state_indices, dilation, activation == "silu")
+    weight, bias, x, wide = same_precision((weight, bias, x, state))
+    bias = None if bias is None else bias.contiguous()
+    steps = x.unsqueeze(2) if one else x
+    y = _update(steps, wide, weight.contiguous(), bias, state_indices, dilation, activation == "silu")
     if wide is not state:
         state.copy_(wide)
-    return y if x.dim() == 3 else y[..., 0]
+    return y.squeeze(2) if one else y
 
 
-def _check(op, x, weight, bias, dilation, activation, activations=(None, "silu")):
+def _check(op, x, weight, bias, dilation, activation, activations):
     check_float(op, "x", x, 3)
     check_float(op, "weight", weight, 3)
+    _check_filter(op, x, weight, bias, dilation, activation, activations)
+
+
+def _check_filter(op, x, weight, bias, dilation, activation, activations=(None, "silu")):
     check_device(op, "weight", weight, "x", x)
-    if weight.shape[2] < 1:
+    if weight.shape[-1] < 1:
         raise ValueError(f"{op}: weight must have at least one tap, got shape {tuple(weight.shape)}")
     if bias is not None:
         check_float(op, "bias", bias)
