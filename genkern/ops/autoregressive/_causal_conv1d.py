@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from genkern.core import Op
 from genkern.ops._common import (
+    FLOATS,
     check_choice,
     check_device,
     check_float,
@@ -118,17 +119,53 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
     at that position, in any batch and for any number of steps per call. float32, float64, bfloat16, float16, also mixed. TypeError,
     ValueError on anything else. There is no gradient (ValueError where one is asked for): use causal_conv1d with initial_state.
     """
+    wide = state
+    if state_indices is not None or not _is_plain_step(x, state, weight, bias, dilation, activation):
+        x, wide, weight, bias, state_indices = _prepared_step(x, state, weight, bias, dilation, activation, state_indices)
+    steps = x.unsqueeze(2) if x.dim() == 2 else x
+    weight = weight.squeeze(1) if weight.dim() == 3 else weight
+    y = _update(steps, wide, weight, bias, state_indices, dilation, activation == "silu")
+    if wide is not state:
+        state.copy_(wide)
+    return y.squeeze(2) if x.dim() == 2 else y
+
+
+def _is_plain_step(x, state, weight, bias, dilation, activation):
+    """Whether _prepared_step, which takes as long as a small step, has nothing to refuse and nothing to change; of the CPU's tensors."""
+    tensors = (x, state, weight) if bias is None else (x, state, weight, bias)
+    dtype, grad = getattr(x, "dtype", None), torch.is_grad_enabled()
+    for t in tensors:
+        if not isinstance(t, torch.Tensor) or t.dtype is not dtype or not t.is_cpu or (grad and t.requires_grad):
+            return False
+    shape, held, filters = x.shape, state.shape, weight.shape
+    if dtype not in FLOATS or not 2 <= len(shape) <= 3 or len(held) != 3 or not 2 <= len(filters) <= 3:
+        return False
+    samples, channels, taps = shape[0], shape[1], filters[-1]
+    return (
+        filters[0] == channels
+        and (len(filters) == 2 or filters[1] == 1)
+        and type(dilation) is int
+        and held[0] == samples
+        and held[1] == channels
+        and held[2] >= (taps - 1) * dilation >= 0 < dilation
+        and (bias is None or (bias.shape == (channels,) and bias.is_contiguous()))
+        and (activation is None or activation == "silu")
+        and state.is_contiguous()
+        and weight.is_contiguous()
+    )
+
+
+def _prepared_step(x, state, weight, bias, dilation, activation, state_indices):
     op = "causal_conv1d_update"
     check_float(op, "x", x, (2, 3))
     check_float(op, "weight", weight, (2, 3))
     check_float(op, "state", state, 3)
-    one, channels, taps = x.dim() == 2, x.shape[1], weight.shape[-1]
+    channels, taps = x.shape[1], weight.shape[-1]
     if weight.dim() == 3:
         check_shape(op, "weight", weight, (channels, 1, taps), "(C, 1, K)")
-        weight = weight.squeeze(1)
     else:
         check_shape(op, "weight", weight, (channels, taps), "(C, K)")
-    _check_filter(op, x, weight, bias, dilation, activation)
+    _check_filter(op, x, weight, bias, dilation, activation, (None, "silu"))
     past = (taps - 1) * dilation
     slots = x.shape[0] if state_indices is None else state.shape[0]
     if state.shape[:2] != (slots, channels) or state.shape[2] < past:
@@ -137,8 +174,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
             f"got {tuple(state.shape)}"
         )
     check_device(op, "state", state, "x", x)
-    if not state.is_contiguous():
-        check_written(op, {"state": state})
+    check_written(op, {"state": state})
     if state_indices is not None:
         check_tensor(op, "state_indices", state_indices, torch.int32)
         check_shape(op, "state_indices", state_indices, (x.shape[0],), "(N,)")
@@ -149,13 +185,8 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
         state_indices = state_indices.contiguous()
     if _gradient_wanted(x, state, weight, bias):
         raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
-    weight, bias, x, wide = same_precision((weight, bias, x, state))
-    bias = None if bias is None else bias.contiguous()
-    steps = x.unsqueeze(2) if one else x
-    y = _update(steps, wide, weight.contiguous(), bias, state_indices, dilation, activation == "silu")
-    if wide is not state:
-        state.copy_(wide)
-    return y.squeeze(2) if one else y
+    weight, bias, x, wide = same_precision((weight.contiguous(), bias, x, state))
+    return x, wide, weight, None if bias is None else bias.contiguous(), state_indices
 
 
 def _check(op, x, weight, bias, dilation, activation, activations):
@@ -164,7 +195,7 @@ def _check(op, x, weight, bias, dilation, activation, activations):
     _check_filter(op, x, weight, bias, dilation, activation, activations)
 
 
-def _check_filter(op, x, weight, bias, dilation, activation, activations=(None, "silu")):
+def _check_filter(op, x, weight, bias, dilation, activation, activations):
     check_device(op, "weight", weight, "x", x)
     if weight.shape[-1] < 1:
         raise ValueError(f"{op}: weight must have at least one tap, got shape {tuple(weight.shape)}")
