@@ -218,12 +218,16 @@ struct Padded {  // buffers of one row with room for whole vectors past its end
 // ---- rows
 
 template <class S>
-void put(const Sequences& to, int64_t n, int64_t c, const S* values, int64_t count) {
-  S* out = place(to.array, 0, to.at(n, c), const_cast<S*>(values));
+void put(const Array& to, int64_t at, const S* values, int64_t count) {
+  S* out = place(to, 0, at, const_cast<S*>(values));
   if (out != values)
     std::copy(values, values + count, out);
   else
-    write(to.array, 0, to.at(n, c), values, count);
+    write(to, 0, at, values, count);
+}
+template <class S>
+void put(const Sequences& to, int64_t n, int64_t c, const S* values, int64_t count) {
+  put(to.array, to.at(n, c), values, count);
 }
 
 template <class S>
@@ -417,7 +421,10 @@ void set(const Array& a, int64_t at, S value) {
 }
 template <class S>  // values of `count` neighbouring channels
 void gather(const Array& a, int64_t at, int64_t stride, int count, S* to) {
-  if (a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble)) {
+  if (stride == 1) {
+    const S* from = read(a, 0, at, count, to);
+    if (from != to) std::copy(from, from + count, to);
+  } else if (a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble)) {
     const S* from = static_cast<const S*>(a.data) + at;
     for (int i = 0; i < count; i++) to[i] = from[i * stride];
   } else {
@@ -426,7 +433,9 @@ void gather(const Array& a, int64_t at, int64_t stride, int count, S* to) {
 }
 template <class S>
 void scatter(const Array& a, int64_t at, int64_t stride, int count, const S* from) {
-  if (a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble)) {
+  if (stride == 1) {
+    put(a, at, from, count);
+  } else if (a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble)) {
     S* to = static_cast<S*>(a.data) + at;
     for (int i = 0; i < count; i++) to[i * stride] = from[i];
   } else {
@@ -464,73 +473,118 @@ GK_FN void weights_of_four(const float* weight, float* to) {  // (kLanes, 4) to 
   store(to + 3 * kLanes, column_of_four<3>(a, Lanes()));
 }
 
-// One step of a whole vector of channels, four taps, everything contiguous float: the step of state space models.
+// Four neighbours of every lane become the last three and x: vector m of them.
+template <int m, int... q>
+GK_FN lane_f32 shifted_four(lane_f32 a, lane_f32 x, std::integer_sequence<int, q...>) {
+  return __builtin_shufflevector(a, x, (q % 4 < 3 ? q + 1 : kLanes + (m * kLanes + q) / 4)...);
+}
+
+// One step of a whole vector of channels, four taps, the state of a channel side by side: the step of state space models. Of four
+// columns the oldest is no input of the step.
+template <int columns>
 GK_FN void step_of_four(const float* x, float* state, const float* w, float* y, bool activate) {
   using Lanes = std::make_integer_sequence<int, kLanes>;
-  const lane_f32 memory[3] = {load<lane_f32>(state), load<lane_f32>(state + kLanes), load<lane_f32>(state + 2 * kLanes)};
-  const lane_f32 tap[4] = {column_of_three<0>(memory, Lanes()), column_of_three<1>(memory, Lanes()),
-                           column_of_three<2>(memory, Lanes()), load<lane_f32>(x)};
+  lane_f32 memory[columns], tap[4];
+  for (int m = 0; m < columns; m++) memory[m] = load<lane_f32>(state + m * kLanes);
+  tap[3] = load<lane_f32>(x);
+  if constexpr (columns == 4) {
+    memory[0] = shifted_four<0>(memory[0], tap[3], Lanes()), memory[1] = shifted_four<1>(memory[1], tap[3], Lanes());
+    memory[2] = shifted_four<2>(memory[2], tap[3], Lanes()), memory[3] = shifted_four<3>(memory[3], tap[3], Lanes());
+    tap[0] = column_of_four<0>(memory, Lanes()), tap[1] = column_of_four<1>(memory, Lanes());
+    tap[2] = column_of_four<2>(memory, Lanes());
+  } else {
+    tap[0] = column_of_three<0>(memory, Lanes()), tap[1] = column_of_three<1>(memory, Lanes());
+    tap[2] = column_of_three<2>(memory, Lanes());
+    memory[0] = vector_of_three<0>(tap + 1, Lanes()), memory[1] = vector_of_three<1>(tap + 1, Lanes());
+    memory[2] = vector_of_three<2>(tap + 1, Lanes());
+  }
   lane_f32 a = load<lane_f32>(w + 4 * kLanes);
   for (int k = 0; k < 4; k++) a = fma(load<lane_f32>(w + k * kLanes), tap[k], a);
   store(y, activate ? silu(a) : a);
-  store(state, vector_of_three<0>(tap + 1, Lanes()));
-  store(state + kLanes, vector_of_three<1>(tap + 1, Lanes()));
-  store(state + 2 * kLanes, vector_of_three<2>(tap + 1, Lanes()));
+  for (int m = 0; m < columns; m++) store(state + m * kLanes, memory[m]);
+}
+
+constexpr int64_t kSpan = 16 * kLanes;  // channels whose weights are taken apart at once, for all samples
+
+// Whole vectors of channels, at most a span.
+template <int columns>
+void steps_of_four(const StepJob& job, int64_t x_at, int64_t state_at, int64_t y_at, int64_t channels, const float* w) {
+  float x_buffer[kSpan], state_buffer[columns * kSpan], y_buffer[kSpan];
+  const float* x = read(job.x, 0, x_at, channels, x_buffer);
+  float *state = place(job.state, 0, state_at, state_buffer), *y = place(job.y, 0, y_at, y_buffer);
+  if (state == state_buffer) read(job.state, 0, state_at, columns * channels, state_buffer);
+  for (int64_t c = 0; c < channels; c += kLanes) step_of_four<columns>(x + c, state + columns * c, w + 5 * c, y + c, job.silu);
+  if (state == state_buffer) write(job.state, 0, state_at, state, columns * channels);
+  if (y == y_buffer) write(job.y, 0, y_at, y, channels);
+}
+
+// Weights and biases of the channels from `first` to `last`: to [vector][tap, then bias][lane].
+template <class S>
+void take_weights(const StepJob& job, int64_t first, int64_t last, S* to) {
+  constexpr int kCount = Lane<typename Vector<S>::type>::kCount;
+  for (int64_t c = first; c < last; c += kCount, to += (job.taps + 1) * kCount) {
+    const int count = static_cast<int>(std::min<int64_t>(kCount, last - c));
+    bool done = false;
+    if constexpr (sizeof(S) == 4)
+      if ((done = job.taps == 4 && count == kCount)) {
+        float buffer[4 * kCount];
+        weights_of_four(read(job.weight, 0, c * 4, 4 * kCount, buffer), to);
+      }
+    for (int64_t k = 0; k < job.taps && !done; k++) gather(job.weight, c * job.taps + k, job.taps, count, to + k * kCount);
+    if (job.bias.data) gather(job.bias, c, 1, count, to + job.taps * kCount);
+  }
 }
 
 template <class S>
 void steps(const StepJob& job) {
   using V = typename Vector<S>::type;
   constexpr int kCount = Lane<V>::kCount;
-  const int64_t blocks = (job.channels + kCount - 1) / kCount, columns = job.length + job.time;
-  std::vector<S> weights(static_cast<size_t>((job.taps + 1) * blocks * kCount));  // [block][tap, then bias][lane]
-  for (int64_t b = 0; b < blocks; b++) {
-    const int count = static_cast<int>(std::min<int64_t>(kCount, job.channels - b * kCount));
-    S* to = weights.data() + b * (job.taps + 1) * kCount;
-    bool done = false;
-    if constexpr (sizeof(S) == 4)
-      if ((done = job.taps == 4 && count == kCount && job.weight.storage == Storage::kFloat))
-        weights_of_four(static_cast<const float*>(job.weight.data) + b * kCount * 4, to);
-    for (int64_t k = 0; k < job.taps && !done; k++) gather(job.weight, b * kCount * job.taps + k, job.taps, count, to + k * kCount);
-    if (job.bias.data) gather(job.bias, b * kCount, 1, count, to + job.taps * kCount);
-  }
-  const bool of_four = job.taps == 4 && job.length == 3 && job.dilation == 1 && job.time == 1 && job.state_stride[1] == 3 &&
-                       job.state_stride[2] == 1 && job.x_stride[1] == 1 && job.y_stride[1] == 1 &&
-                       job.x.storage == Storage::kFloat && job.state.storage == Storage::kFloat && job.y.storage == Storage::kFloat;
-  const int64_t grain = std::max<int64_t>(1, 16384 / (columns * kCount));
-  torch::stable::parallel_for(0, job.samples * blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t columns = job.length + job.time, spans = (job.channels + kSpan - 1) / kSpan;
+  const bool of_four = sizeof(S) == 4 && job.taps == 4 && (job.length == 3 || job.length == 4) && job.dilation == 1 &&
+                       job.time == 1 && job.state_stride[1] == job.length && job.state_stride[2] == 1 && job.x_stride[1] == 1 &&
+                       job.y_stride[1] == 1;
+  const int64_t grain = std::max<int64_t>(1, 16384 / (columns * std::min(kSpan, job.channels)));
+  torch::stable::parallel_for(0, spans * job.samples, grain, [&](int64_t begin, int64_t end) {
+    std::vector<S> weights(static_cast<size_t>((job.taps + 1) * kSpan));  // [vector][tap, then bias][lane]
     std::vector<S> window(static_cast<size_t>(columns * kCount)), out(static_cast<size_t>(kCount));
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t n = unit / blocks, c = unit % blocks * kCount, slot = job.indices ? job.indices[n] : n;
-      const int count = static_cast<int>(std::min<int64_t>(kCount, job.channels - c));
-      const int64_t x_at = n * job.x_stride[0] + c * job.x_stride[1], y_at = n * job.y_stride[0] + c * job.y_stride[1];
-      const int64_t state_at = slot * job.state_stride[0] + c * job.state_stride[1];
-      if (slot < 0) {
-        std::fill(out.begin(), out.end(), S{});
-        for (int64_t t = 0; t < job.time; t++) scatter(job.y, y_at + t * job.y_stride[2], job.y_stride[1], count, out.data());
-        continue;
-      }
-      const S* w = weights.data() + unit % blocks * (job.taps + 1) * kCount;
+      const int64_t n = unit % job.samples, first = unit / job.samples * kSpan, last = std::min(first + kSpan, job.channels);
+      if (unit == begin || n == 0) take_weights(job, first, last, weights.data());
+      const int64_t slot = job.indices ? job.indices[n] : n;
+      const S* w = weights.data();
+      const auto x_at = [&](int64_t c) { return n * job.x_stride[0] + c * job.x_stride[1]; };
+      const auto y_at = [&](int64_t c) { return n * job.y_stride[0] + c * job.y_stride[1]; };
+      const auto state_at = [&](int64_t c) { return slot * job.state_stride[0] + c * job.state_stride[1]; };
+      int64_t c = first;
       if constexpr (sizeof(S) == 4)
-        if (of_four && count == kCount) {
-          step_of_four(static_cast<const float*>(job.x.data) + x_at, static_cast<float*>(job.state.data) + state_at, w,
-                       static_cast<float*>(job.y.data) + y_at, job.silu);
+        if (of_four && slot >= 0) {
+          const int64_t whole = (last - first) / kCount * kCount;
+          (job.length == 3 ? steps_of_four<3> : steps_of_four<4>)(job, x_at(c), state_at(c), y_at(c), whole, w);
+          c += whole, w += 5 * whole;
+        }
+      for (; c < last; c += kCount, w += (job.taps + 1) * kCount) {
+        const int count = static_cast<int>(std::min<int64_t>(kCount, last - c));
+        if (slot < 0) {
+          std::fill(out.begin(), out.end(), S{});
+          for (int64_t t = 0; t < job.time; t++) scatter(job.y, y_at(c) + t * job.y_stride[2], job.y_stride[1], count, out.data());
           continue;
         }
-      for (int64_t i = 0; i < job.length; i++)
-        gather(job.state, state_at + i * job.state_stride[2], job.state_stride[1], count, window.data() + i * kCount);
-      for (int64_t t = 0; t < job.time; t++)
-        gather(job.x, x_at + t * job.x_stride[2], job.x_stride[1], count, window.data() + (job.length + t) * kCount);
-      const S* oldest = window.data() + (job.length - (job.taps - 1) * job.dilation) * kCount;
-      for (int64_t t = 0; t < job.time; t++) {
-        V a = load<V>(w + job.taps * kCount);
-        for (int64_t k = 0; k < job.taps; k++)
-          a = fma(load<V>(w + k * kCount), load<V>(oldest + (t + k * job.dilation) * kCount), a);
-        store(out.data(), job.silu ? silu(a) : a);
-        scatter(job.y, y_at + t * job.y_stride[2], job.y_stride[1], count, out.data());
+        for (int64_t i = 0; i < job.length; i++)
+          gather(job.state, state_at(c) + i * job.state_stride[2], job.state_stride[1], count, window.data() + i * kCount);
+        for (int64_t t = 0; t < job.time; t++)
+          gather(job.x, x_at(c) + t * job.x_stride[2], job.x_stride[1], count, window.data() + (job.length + t) * kCount);
+        const S* oldest = window.data() + (job.length - (job.taps - 1) * job.dilation) * kCount;
+        for (int64_t t = 0; t < job.time; t++) {
+          V a = load<V>(w + job.taps * kCount);
+          for (int64_t k = 0; k < job.taps; k++)
+            a = fma(load<V>(w + k * kCount), load<V>(oldest + (t + k * job.dilation) * kCount), a);
+          store(out.data(), job.silu ? silu(a) : a);
+          scatter(job.y, y_at(c) + t * job.y_stride[2], job.y_stride[1], count, out.data());
+        }
+        for (int64_t i = 0; i < job.length; i++)
+          scatter(job.state, state_at(c) + i * job.state_stride[2], job.state_stride[1], count,
+                  window.data() + (job.time + i) * kCount);
       }
-      for (int64_t i = 0; i < job.length; i++)
-        scatter(job.state, state_at + i * job.state_stride[2], job.state_stride[1], count, window.data() + (job.time + i) * kCount);
     }
   });
 }

@@ -24,20 +24,21 @@ struct Strided {  // element (n, c, t) is data[n * stride[0] + c * stride[1] + t
 template <class S>
 struct DenseJob {
   int64_t samples, channels, time, taps, dilation, groups;  // channels of a group
-  bool gated;                                               // then one group
+  Activation activation;                                    // kGate: of one group
   Strided<S> x, state, condition;
   Weights<S> weights;  // of the first group
   S* y;                // (samples, rows, time)
+  bool gated() const { return activation == Activation::kGate; }
   int64_t history() const { return (taps - 1) * dilation; }
-  int64_t rows() const { return gated ? weights.outputs / 2 : groups * weights.outputs; }
+  int64_t rows() const { return gated() ? weights.outputs / 2 : groups * weights.outputs; }
   int64_t group_size() const { return weights.blocks() * weights.block_size(); }
 };
 
 template <class S>
-std::vector<S> pack(const Tensor& weight, int64_t groups) {  // of (groups outputs, channels, taps)
+Buffer<S> pack(const Tensor& weight, int64_t groups) {  // of (groups outputs, channels, taps)
   const int64_t outputs = weight.size(0) / groups, channels = weight.size(1), taps = weight.size(2);
   const int64_t blocks = (outputs + kBlock - 1) / kBlock, depth = taps * channels;
-  std::vector<S> packed(static_cast<size_t>(groups * blocks * depth * kBlock));
+  Buffer<S> packed(static_cast<size_t>(groups * blocks * depth * kBlock), S{});
   const S* from = static_cast<const S*>(weight.data_ptr());
   S* to = packed.data();
   for (int64_t g = 0; g < groups; g++)
@@ -97,12 +98,12 @@ void gather(const DenseJob<S>& job, int64_t group, int64_t first, int64_t count,
 
 template <class S>
 struct Buffers {  // of one thread, for units of `width` columns of which there are `columns`
-  std::vector<S> in, out, condition;
+  Buffer<S> in, out, condition;
   Buffers(const DenseJob<S>& job, int64_t width, int64_t columns) {
     const int64_t tile = Tile<S>::kColumns, rows = (job.weights.blocks() + 1) * kBlock;
     in.resize(static_cast<size_t>(job.weights.depth * std::min(width, (columns + tile - 1) / tile * tile)));
     out.resize(static_cast<size_t>(rows * width));
-    if (job.condition.data) condition.resize(static_cast<size_t>(std::max(2 * width, rows) + kBlock));
+    if (job.condition.data) condition.resize(static_cast<size_t>(rows * width));
   }
 };
 
@@ -112,27 +113,26 @@ void tiles(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int
   constexpr int64_t kTile = Tile<S>::kColumns, kWidth = kTiles * kTile;
   gather(job, group, first, count, kTile, buffers.in.data());
   S* y = job.y + group * weights.outputs * job.time;
-  const int64_t sample = job.rows() * job.time, n = first / job.time, t = first % job.time;
-  const bool direct = !job.gated && count == kWidth && t + count <= job.time;
-  S* out = direct ? y + n * sample + t : buffers.out.data();
-  for (int64_t at = 0; at < count; at += kTile)
-    product_of_tile(weights, buffers.in.data() + at * weights.depth, count - at, out + at, direct ? job.time : kWidth);
-  if (direct) return;
-  const int64_t rows = job.gated ? weights.outputs / 2 : weights.outputs;
-  for (int64_t o = 0; o < rows; o++) {
-    if (job.gated) {
-      S* c = job.condition.data ? buffers.condition.data() : nullptr;
-      if (c)
-        each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
-          copy(job.condition.at(m, o, s), job.condition.stride[2], run, c + at);
-          copy(job.condition.at(m, o + rows, s), job.condition.stride[2], run, c + kWidth + at);
-        });
-      gate_line(out + o * kWidth, out + (o + rows) * kWidth, c, c ? c + kWidth : nullptr, count);
-    }
+  const int64_t sample = job.rows() * job.time, n = first / job.time, t = first % job.time, step = job.condition.stride[2];
+  const bool direct = count == kWidth && t + count <= job.time && (step == 0 || step == 1);
+  const int64_t rows = job.gated() ? weights.outputs / 2 : weights.outputs;
+  Finish<S> finish{direct ? y + n * sample + t : buffers.out.data(), direct ? job.time : kWidth, rows, job.activation};
+  if (job.condition.data && direct) {
+    finish.condition = job.condition.at(n, 0, t), finish.along[0] = job.condition.stride[1], finish.along[1] = step;
+  } else if (job.condition.data) {
+    finish.condition = buffers.condition.data(), finish.along[0] = kWidth, finish.along[1] = 1;
     each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
-      copy(out + o * kWidth + at, 1, run, y + m * sample + o * job.time + s);
+      for (int64_t o = 0; o < weights.outputs; o++)
+        copy(job.condition.at(m, o, s), step, run, buffers.condition.data() + o * kWidth + at);
     });
   }
+  for (int64_t at = 0; at < count; at += kTile)
+    product_of_tile(weights, buffers.in.data() + at * weights.depth, count - at, finish.from_column(at));
+  if (direct) return;
+  each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
+    for (int64_t o = 0; o < rows; o++)
+      copy(buffers.out.data() + o * kWidth + at, 1, run, y + m * sample + o * job.time + s);
+  });
 }
 
 // A few columns, lanes over outputs.
@@ -140,15 +140,16 @@ template <class S>
 void steps(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int64_t first, int64_t count, Buffers<S>& buffers) {
   gather(job, group, first, count, count, buffers.in.data());
   product_of_steps(weights, buffers.in.data(), count, buffers.out.data());
-  const int64_t rows = job.gated ? weights.outputs / 2 : weights.outputs;
+  const int64_t rows = job.gated() ? weights.outputs / 2 : weights.outputs;
   for (int64_t j = 0; j < count; j++) {
     const int64_t n = (first + j) / job.time, t = (first + j) % job.time;
     S* out = buffers.out.data() + j * weights.blocks() * kBlock;
-    if (job.gated) {
+    if (job.gated()) {
       S* c = job.condition.data ? buffers.condition.data() : nullptr;
       if (c) copy(job.condition.at(n, 0, t), job.condition.stride[1], weights.outputs, c);
       gate_line(out, out + rows, c, c ? c + rows : nullptr, rows);
     }
+    if (job.activation == Activation::kSilu) silu_line(out, rows);
     S* y = job.y + n * job.rows() * job.time + group * weights.outputs * job.time + t;
     for (int64_t o = 0; o < rows; o++) y[o * job.time] = out[o];
   }
@@ -159,7 +160,8 @@ void dense(const DenseJob<S>& job) {
   constexpr bool kWide = Tile<S>::kCount > 1;
   constexpr int64_t kWidth = kTiles * Tile<S>::kColumns, kSteps = Tile<S>::kSteps;
   const int64_t columns = job.samples * job.time, rest = columns % kWidth;
-  const int64_t in_steps = kWide && rest > 2 * kSteps ? 0 : kWide ? rest : columns;  // a few columns are quicker one by one
+  const bool halves = job.gated() && job.weights.outputs / 2 % (Tile<S>::kRows / 2);  // that tiles cannot pair
+  const int64_t in_steps = !kWide || halves ? columns : rest > 2 * kSteps ? 0 : rest;  // a few columns are quicker one by one
   const auto in_units = [&](int64_t from, int64_t end_column, int64_t width, auto&& kernel) {
     const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, job.group_size() * width));
     torch::stable::parallel_for(0, (end_column - from + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
@@ -180,10 +182,10 @@ void dense(const DenseJob<S>& job) {
 
 template <class S>
 void run(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
-         const MaybeTensor& condition, int64_t dilation, int64_t groups, bool gated, Tensor& y) {
-  std::vector<S> own;
+         const MaybeTensor& condition, int64_t dilation, int64_t groups, Activation activation, Tensor& y) {
+  Buffer<S> own;
   if (!packed) own = pack<S>(weight, groups);
-  DenseJob<S> job{x.size(0), weight.size(1), y.size(2), weight.size(2), dilation, groups, gated, Strided<S>(x), {}, {}, {}, {}};
+  DenseJob<S> job{x.size(0), weight.size(1), y.size(2), weight.size(2), dilation, groups, activation, Strided<S>(x), {}, {}, {}, {}};
   job.weights = {weight.size(0) / groups, weight.size(1) * weight.size(2),
                  packed ? static_cast<const S*>(packed->data_ptr()) : own.data(),
                  bias ? static_cast<const S*>(bias->data_ptr()) : nullptr};
@@ -196,29 +198,34 @@ void run(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const 
 // x (N, C, L), state (N, C, (K - 1) dilation), condition (N, C_out, L): any strides; weight (C_out, C / groups, K), bias (C_out),
 // packed: a tensor of the packed weights. All of one type.
 Tensor convolve(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed,
-                const MaybeTensor& condition, int64_t dilation, int64_t groups, bool gated) {
-  Tensor y = new_tensor(x, {x.size(0), weight.size(0) / (gated ? 2 : 1), x.size(2)});
+                const MaybeTensor& condition, int64_t dilation, int64_t groups, Activation activation) {
+  Tensor y = new_tensor(x, {x.size(0), weight.size(0) / (activation == Activation::kGate ? 2 : 1), x.size(2)});
   if (y.numel() == 0) return y;
   if (x.scalar_type() == ScalarType::Double)
-    run<double>(x, state, weight, bias, packed, condition, dilation, groups, gated, y);
+    run<double>(x, state, weight, bias, packed, condition, dilation, groups, activation, y);
   else
-    run<float>(x, state, weight, bias, packed, condition, dilation, groups, gated, y);
+    run<float>(x, state, weight, bias, packed, condition, dilation, groups, activation, y);
   return y;
 }
 
 Tensor causal_conv1d_dense(Tensor x, MaybeTensor state, Tensor weight, MaybeTensor bias, MaybeTensor packed, int64_t dilation,
                            int64_t groups) {
-  return convolve(x, state, weight, bias, packed, {}, dilation, groups, false);
+  return convolve(x, state, weight, bias, packed, {}, dilation, groups, Activation::kNone);
+}
+Tensor causal_conv1d_dense_silu(Tensor x, MaybeTensor state, Tensor weight, MaybeTensor bias, MaybeTensor packed, int64_t dilation,
+                                int64_t groups) {
+  return convolve(x, state, weight, bias, packed, {}, dilation, groups, Activation::kSilu);
 }
 Tensor causal_conv1d_gated(Tensor x, MaybeTensor state, Tensor weight, MaybeTensor bias, MaybeTensor packed, MaybeTensor condition,
                            int64_t dilation) {
-  return convolve(x, state, weight, bias, packed, condition, dilation, 1, true);
+  return convolve(x, state, weight, bias, packed, condition, dilation, 1, Activation::kGate);
 }
 
 }  // namespace
 
 GENKERN_LIBRARY(m) {
   m.impl("_causal_conv1d_dense", TORCH_BOX(&causal_conv1d_dense));
+  m.impl("_causal_conv1d_dense_silu", TORCH_BOX(&causal_conv1d_dense_silu));
   m.impl("_causal_conv1d_gated", TORCH_BOX(&causal_conv1d_gated));
 }
 

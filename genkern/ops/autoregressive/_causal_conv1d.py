@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from genkern.core import Op
 from genkern.ops._common import (
+    FLOATS,
     check_choice,
     check_device,
     check_float,
@@ -18,7 +19,7 @@ from genkern.ops._common import (
     promoted,
     same_precision,
 )
-from genkern.ops.autoregressive._causal_conv1d_dense import behind, dense, for_kernel, gated, pays_dense, takes_kernels
+from genkern.ops.autoregressive._causal_conv1d_dense import behind, dense, dense_silu, for_kernel, gated, pays_dense, takes_kernels
 from genkern.ops.autoregressive._gated_activation import expanded, gated_activation
 from genkern.testing._case import Case
 
@@ -50,7 +51,8 @@ def causal_conv1d(
                     own convolution, which follows autocast as torch.nn.Conv1d does: several groups of fewer than 4 outputs (also a
                     depthwise one with C_out a multiple of C), all but depthwise ones with seq_idx, and devices without kernels
     activation      None, "silu", or "gated": tanh(a) sigmoid(b) of the two halves of the C_out outputs, as gated_activation. In the
-                    pass of the convolution: "silu" of a depthwise one; "gated" of groups=1 where no gradient is asked for
+                    pass of the convolution: "silu" of a depthwise one, and of a dense one on the CPU where no gradient is asked
+                    for; "gated" of groups=1 where none is
     condition       of "gated": None, or a tensor that broadcasts to (N, C_out, L), added before the gate
     initial_state   (N, C, (K - 1) dilation): the inputs before x; None: zeros
     return_final_state
@@ -118,20 +120,58 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
     at that position, in any batch and for any number of steps per call. float32, float64, bfloat16, float16, also mixed. TypeError,
     ValueError on anything else. There is no gradient (ValueError where one is asked for): use causal_conv1d with initial_state.
     """
+    wide = state
+    if state_indices is not None or not _is_plain_step(x, state, weight, bias, dilation, activation):
+        x, wide, weight, bias, state_indices = _prepared_step(x, state, weight, bias, dilation, activation, state_indices)
+    steps = x.unsqueeze(2) if x.dim() == 2 else x
+    weight = weight.squeeze(1) if weight.dim() == 3 else weight
+    y = _update(steps, wide, weight, bias, state_indices, dilation, activation == "silu")
+    if wide is not state:
+        state.copy_(wide)
+    return y.squeeze(2) if x.dim() == 2 else y
+
+
+def _is_plain_step(x, state, weight, bias, dilation, activation):
+    """Whether _prepared_step, which takes as long as a small step, has nothing to refuse and nothing to change; of the CPU's tensors."""
+    tensors = (x, state, weight) if bias is None else (x, state, weight, bias)
+    dtype, grad = getattr(x, "dtype", None), torch.is_grad_enabled()
+    for t in tensors:
+        if not isinstance(t, torch.Tensor) or t.dtype is not dtype or not t.is_cpu or (grad and t.requires_grad):
+            return False
+    shape, held, filters = x.shape, state.shape, weight.shape
+    if dtype not in FLOATS or not 2 <= len(shape) <= 3 or len(held) != 3 or not 2 <= len(filters) <= 3:
+        return False
+    samples, channels, taps = shape[0], shape[1], filters[-1]
+    return (
+        filters[0] == channels
+        and (len(filters) == 2 or filters[1] == 1)
+        and type(dilation) is int
+        and held[0] == samples
+        and held[1] == channels
+        and held[2] >= (taps - 1) * dilation >= 0 < dilation
+        and (bias is None or (bias.shape == (channels,) and bias.is_contiguous()))
+        and (activation is None or activation == "silu")
+        and state.is_contiguous()
+        and weight.is_contiguous()
+    )
+
+
+def _prepared_step(x, state, weight, bias, dilation, activation, state_indices):
     op = "causal_conv1d_update"
     check_float(op, "x", x, (2, 3))
     check_float(op, "weight", weight, (2, 3))
-    if weight.dim() == 2:
-        weight = weight[:, None]
-    steps = x if x.dim() == 3 else x[..., None]
-    _check(op, steps, weight, bias, dilation, activation)
-    check_shape(op, "weight", weight, (x.shape[1], 1, weight.shape[2]), "(C, 1, K)")
     check_float(op, "state", state, 3)
-    past = (weight.shape[2] - 1) * dilation
+    channels, taps = x.shape[1], weight.shape[-1]
+    if weight.dim() == 3:
+        check_shape(op, "weight", weight, (channels, 1, taps), "(C, 1, K)")
+    else:
+        check_shape(op, "weight", weight, (channels, taps), "(C, K)")
+    _check_filter(op, x, weight, bias, dilation, activation, (None, "silu"))
+    past = (taps - 1) * dilation
     slots = x.shape[0] if state_indices is None else state.shape[0]
-    if state.shape[:2] != (slots, x.shape[1]) or state.shape[2] < past:
+    if state.shape[:2] != (slots, channels) or state.shape[2] < past:
         raise ValueError(
-            f"{op}: state must have shape (slots, C, P >= (K - 1) dilation) = ({slots}, {x.shape[1]}, >= {past}), "
+            f"{op}: state must have shape (slots, C, P >= (K - 1) dilation) = ({slots}, {channels}, >= {past}), "
             f"got {tuple(state.shape)}"
         )
     check_device(op, "state", state, "x", x)
@@ -144,21 +184,21 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
         if readable and state_indices.numel() and state_indices.max() >= slots:
             raise ValueError(f"{op}: state_indices must be below the number of slots {slots}, got {int(state_indices.max())}")
         state_indices = state_indices.contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
+    if _gradient_wanted(x, state, weight, bias):
         raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
-    weight, bias, steps, wide = same_precision((weight, bias, steps, state))
-    weight = weight.reshape(weight.shape[0], -1).contiguous()
-    y = _update(steps, wide, weight, None if bias is None else bias.contiguous(), state_indices, dilation, activation == "silu")
-    if wide is not state:
-        state.copy_(wide)
-    return y if x.dim() == 3 else y[..., 0]
+    weight, bias, x, wide = same_precision((weight.contiguous(), bias, x, state))
+    return x, wide, weight, None if bias is None else bias.contiguous(), state_indices
 
 
-def _check(op, x, weight, bias, dilation, activation, activations=(None, "silu")):
+def _check(op, x, weight, bias, dilation, activation, activations):
     check_float(op, "x", x, 3)
     check_float(op, "weight", weight, 3)
+    _check_filter(op, x, weight, bias, dilation, activation, activations)
+
+
+def _check_filter(op, x, weight, bias, dilation, activation, activations):
     check_device(op, "weight", weight, "x", x)
-    if weight.shape[2] < 1:
+    if weight.shape[-1] < 1:
         raise ValueError(f"{op}: weight must have at least one tap, got shape {tuple(weight.shape)}")
     if bias is not None:
         check_float(op, "bias", bias)
@@ -175,9 +215,13 @@ def _check_out(out, x, weight, bias, state, seq_idx, condition, gated):
     check_tensor(op, "out", out, promoted(*tensors))
     check_shape(op, "out", out, (x.shape[0], weight.shape[0] // (2 if gated else 1), x.shape[2]), "(N, C_out, L)")
     check_device(op, "out", out, "x", x)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, out)):
+    if _gradient_wanted(*tensors, out):
         raise ValueError(f"{op}: out has no gradient, but an input requires one")
     check_written(op, {"out": out}, (*tensors, seq_idx))
+
+
+def _gradient_wanted(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _padded_index(seq_idx, past):
@@ -196,8 +240,7 @@ def _final_state(x, state, seq_idx, past):
 def _convolved(x, weight, bias, state, seq_idx, dilation, groups, silu, out=None):
     """y, in `out` where a kernel writes there."""
     if not groups == x.shape[1] == weight.shape[0]:
-        y = _grouped(x, weight, bias, state, seq_idx, dilation, groups)
-        return F.silu(y) if silu else y
+        return _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu)
     small = (None if t is None else t.contiguous() for t in (weight.reshape(weight.shape[0], -1), bias))
     arguments = (x, *small, state, None if seq_idx is None else seq_idx.contiguous(), dilation, silu)
     if out is None or _op.backend_of(x) not in ("cpu", "reference") or (out.stride(2) != 1 and out.shape[2] > 1):
@@ -207,13 +250,21 @@ def _convolved(x, weight, bias, state, seq_idx, dilation, groups, silu, out=None
     return out
 
 
-def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
+def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
     """Any groups: a dense kernel, or torch's convolution, one for each tap where sequence indices forbid some."""
-    past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
     dtype = promoted(x, weight, bias, state)
     if seq_idx is None and pays_dense(weight, groups) and takes_kernels(x, dtype):
+        one_pass = silu and dense.backend_of(x) == "cpu" and not _gradient_wanted(x, weight, bias, state)
+        op = dense_silu if one_pass else dense
         x, state, weight, bias = for_kernel(dense, x, state, weight, bias)
-        return dense(x, state, weight, bias, None, dilation, groups).to(dtype)
+        y = op(x, state, weight, bias, None, dilation, groups).to(dtype)
+        return F.silu(y) if silu and not one_pass else y
+    y = _by_torch(x, weight, bias, state, seq_idx, dilation, groups, dtype)
+    return F.silu(y) if silu else y
+
+
+def _by_torch(x, weight, bias, state, seq_idx, dilation, groups, dtype):
+    past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
     x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     padded = behind(x, state, past)
     if seq_idx is None:
@@ -230,8 +281,7 @@ def _grouped(x, weight, bias, state, seq_idx, dilation, groups):
 def _gated(x, weight, bias, state, seq_idx, dilation, groups, condition):
     """One pass; two where gradients are wanted, since then the gate's inputs are needed again."""
     tensors = (x, weight, bias, state, condition)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if wanted or groups > 1 or seq_idx is not None or not takes_kernels(x, promoted(*tensors)):
+    if _gradient_wanted(*tensors) or groups > 1 or seq_idx is not None or not takes_kernels(x, promoted(*tensors)):
         return gated_activation(_convolved(x, weight, bias, state, seq_idx, dilation, groups, False), condition)
     if condition is not None:
         check_float("causal_conv1d", "condition", condition)

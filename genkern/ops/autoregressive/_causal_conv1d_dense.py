@@ -49,6 +49,10 @@ def _reference_dense(x, state, weight, bias, packed, dilation, groups):
     return F.conv1d(padded, weight, bias, dilation=dilation, groups=groups).to(dtype)
 
 
+def _reference_dense_silu(*args):
+    return F.silu(_reference_dense(*args))
+
+
 def _reference_gated(x, state, weight, bias, packed, condition, dilation):
     dtype = promoted(x, state, weight, bias, condition)
     x, state, weight, bias, condition = in_working_type(x, state, weight, bias, condition)
@@ -78,14 +82,24 @@ for _backend in ("cpu", "cuda", "triton", "emulated"):
     implements(_backend, "causal_conv1d_dense_backward")(_dense_backward)
 
 
+def _fake_dense(x, state, weight, bias, packed, dilation, groups):
+    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2]), dtype=promoted(x, state, weight, bias))
+
+
 dense = Op(
     "causal_conv1d_dense",
     "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
     reference=_reference_dense,
-    fake=lambda x, state, weight, bias, packed, dilation, groups: x.new_empty(
-        (x.shape[0], weight.shape[0], x.shape[2]), dtype=promoted(x, state, weight, bias)
-    ),
+    fake=_fake_dense,
     differentiable=("x", "state", "weight", "bias"),
+)
+
+
+dense_silu = Op(  # SiLU in the same pass: on the CPU, where no gradient is asked for
+    "causal_conv1d_dense_silu",
+    "(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? packed, int dilation, int groups) -> Tensor",
+    reference=_reference_dense_silu,
+    fake=_fake_dense,
 )
 
 
