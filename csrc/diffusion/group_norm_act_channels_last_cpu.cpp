@@ -133,22 +133,22 @@ Statistics<S> statistics(const Parts<S>& parts, int64_t sample, int64_t group, c
   return {all, parts.job.eps};
 }
 
-// What a channel of one sample is multiplied by: z = a (u - centre) + b, xhat = (u - centre) rstd + offset.
+// The numbers of all channels of one sample: z = a (u - centre) + b, xhat = (u - centre) rstd + offset.
 template <class S>
-struct Channels {
-  std::vector<S> centre, a, b, rstd, offset;
+struct Channels : Affine<S> {
+  std::vector<S> centre, rstd, offset;
 
-  Channels(const Parts<S>& parts, int64_t sample, const std::vector<Moments>& moments) {
+  Channels(const Parts<S>& parts, int64_t sample, const std::vector<Moments>& moments)
+      : Affine<S>(parts.job.channels), centre(static_cast<size_t>(parts.job.channels)), rstd(centre), offset(centre) {
     const GroupNorm& job = parts.job;
-    for (std::vector<S>* of : {&centre, &a, &b, &rstd, &offset}) of->resize(static_cast<size_t>(job.channels));
+    this->read_channels(job, sample, 0, job.channels);
     for (int64_t g = 0; g < job.groups; g++) {
       const Statistics<S> s = statistics(parts, sample, g, moments);
-      for (int64_t c = g * job.channels_per_group(); c < (g + 1) * job.channels_per_group(); c++) {
-        const Affine<S> affine(job, s, sample, c);
-        const auto at = static_cast<size_t>(c);
-        centre[at] = s.centre(), rstd[at] = static_cast<S>(s.rstd), offset[at] = static_cast<S>(-s.rest() * s.rstd);
-        a[at] = static_cast<S>(affine.a), b[at] = static_cast<S>(affine.b);
-      }
+      const int64_t begin = g * job.channels_per_group(), end = begin + job.channels_per_group();
+      this->normalise(s, begin, end);
+      std::fill(centre.begin() + begin, centre.begin() + end, s.centre());
+      std::fill(rstd.begin() + begin, rstd.begin() + end, static_cast<S>(s.rstd));
+      std::fill(offset.begin() + begin, offset.begin() + end, static_cast<S>(-s.rest() * s.rstd));
     }
   }
 };
@@ -248,28 +248,29 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         d.sums[i * rows + index / parts.count * channels + c] += of_parts[static_cast<size_t>((index * 3 + i) * channels + c)];
   // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat, with g = dz gain weight
   std::vector<S> p(static_cast<size_t>(rows)), q(static_cast<size_t>(rows));
-  for (int64_t sample = 0; sample < job.samples; sample++)
+  for (int64_t sample = 0; sample < job.samples; sample++) {
+    const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
     for (int64_t g = 0; g < job.groups; g++) {
       const Statistics<S> s = statistics(parts, sample, g, moments);
       const double size = static_cast<double>(per_group * job.pixels);
+      const int64_t first = g * per_group, row = sample * channels + first;
+      const double *const weight = of.weight + first, *const bias = of.bias + first, *const gain = of.gain + first;
+      const double *const of_dz = sum_dz + row, *const of_dz_xhat = sum_dz_xhat + row, *const of_xhat = sum_xhat + row;
       double mean_g = 0, mean_g_xhat = 0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
-        const Affine<S> affine(job, s, sample, c);
-        const int64_t row = sample * channels + c;
-        mean_g += affine.gain * affine.weight * sum_dz[row] / size;
-        mean_g_xhat += affine.gain * affine.weight * sum_dz_xhat[row] / size;
+      for (int64_t c = 0; c < per_group; c++) {
+        mean_g += gain[c] * weight[c] * of_dz[c] / size;
+        mean_g_xhat += gain[c] * weight[c] * of_dz_xhat[c] / size;
       }
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
-        const Affine<S> affine(job, s, sample, c);
-        const int64_t row = sample * channels + c;
-        const auto at = static_cast<size_t>(row);
-        p[at] = static_cast<S>(s.rstd * mean_g), q[at] = static_cast<S>(s.rstd * mean_g_xhat);
-        put(d.shift, row, sum_dz[row]);
-        put(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
-        const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[row];
-        put(d.pre_bias, row, affine.a * sum_dz[row] - s.rstd * of_pixels);
-      }
+      std::fill_n(p.begin() + row, per_group, static_cast<S>(s.rstd * mean_g));
+      std::fill_n(q.begin() + row, per_group, static_cast<S>(s.rstd * mean_g_xhat));
+      put<S>(d.shift, row, per_group, [&](int64_t c) { return of_dz[c]; });
+      put<S>(d.scale, row, per_group, [&](int64_t c) { return weight[c] * of_dz_xhat[c] + bias[c] * of_dz[c]; });
+      put<S>(d.pre_bias, row, per_group, [&](int64_t c) {
+        const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * of_xhat[c];
+        return s.rstd * (gain[c] * weight[c] * of_dz[c] - of_pixels);
+      });
     }
+  }
   put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
   parts.each([&](int64_t sample, int64_t part) {
     const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
