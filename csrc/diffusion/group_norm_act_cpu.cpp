@@ -235,14 +235,13 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         });
       };
       job.pre_bias.data ? add_up(std::true_type{}) : add_up(std::false_type{});
-      double mean_g = 0, mean_g_xhat = 0;  // of g = dz * gain * weight, the gradient of xhat
       const int64_t row = group.row(0);
       const double *const of_dz = sum_dz + row, *const of_dz_xhat = sum_dz_xhat + row, *const of_xhat = sum_xhat + row;
-      for (int64_t c = 0; c < per_group; c++) {
-        mean_g += affine.gain[c] * affine.weight[c] * of_dz[c];
-        mean_g_xhat += affine.gain[c] * affine.weight[c] * of_dz_xhat[c];
-      }
-      mean_g /= static_cast<double>(group.size()), mean_g_xhat /= static_cast<double>(group.size());
+      const auto mean = [&](const double* of) {
+        return sum_of_terms(per_group, [&](int64_t c) { return affine.gain[c] * affine.weight[c] * of[c]; }) /
+               static_cast<double>(group.size());
+      };
+      const double mean_g = mean(of_dz), mean_g_xhat = mean(of_dz_xhat);  // of g = dz * gain * weight, the gradient of xhat
       put<S>(d.shift, row, per_group, [&](int64_t c) { return of_dz[c]; });
       put<S>(d.scale, row, per_group, [&](int64_t c) { return affine.weight[c] * of_dz_xhat[c] + affine.bias[c] * of_dz[c]; });
       put<S>(d.pre_bias, row, per_group, [&](int64_t c) {

@@ -28,6 +28,16 @@ GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a 
   if (i < n) f(i, static_cast<int>(n - i));
 }
 
+// The sum of term(i) for i in [0, n), in double and in eight chains: one would wait for each addition.
+template <class F>
+double sum_of_terms(int64_t n, const F& term) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) sums[j] += static_cast<double>(term(i + j));
+  for (; i < n; i++) sums[0] += static_cast<double>(term(i));
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
 template <class S>
 S number(const Array& a, int64_t at) {
   S one;
