@@ -316,39 +316,24 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   });
 }
 
-Tensor group_norm_act_channels_last(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
-                                    MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
-  Tensor y = new_tensor(x, {x.size(0), x.size(1), call.job.channels}, group_norm_type(x, x2));
-  if (call.empty()) return y;
-  call.job.y = Rows(y).array();
-  const auto run = call.is_double() ? (silu ? forward<double, true> : forward<double, false>)
-                                    : (silu ? forward<float, true> : forward<float, false>);
-  run(call.job);
-  return y;
-}
-
-std::vector<Tensor> group_norm_act_channels_last_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight,
-                                                          MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
-                                                          MaybeTensor shift, int64_t groups, double eps, bool silu) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
-  GroupNormGradientCall back(grad, call.job);
-  const GroupNormGradients& d = back.add_all(x, x2, weight, bias, pre_bias, scale, shift);
-  if (call.empty()) {
-    for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
-    return back.gradients;
+struct OnCpuLast {
+  static constexpr int kChannelDim = 2;
+  template <class S>
+  static void forward(const GroupNorm& job, const Tensor&) {
+    job.silu ? gk::forward<S, true>(job) : gk::forward<S, false>(job);
   }
-  const auto run = call.is_double() ? (silu ? backward<double, true> : backward<double, false>)
-                                    : (silu ? backward<float, true> : backward<float, false>);
-  run(call.job, d);
-  return back.gradients;
-}
+  template <class S>
+  static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
+    job.silu ? gk::backward<S, true>(job, d) : gk::backward<S, false>(job, d);
+  }
+};
 
 }  // namespace
 
 GENKERN_LIBRARY(m) {
-  m.impl("_group_norm_act_channels_last", TORCH_BOX(&group_norm_act_channels_last));
-  m.impl("_group_norm_act_channels_last_backward", TORCH_BOX(&group_norm_act_channels_last_backward));
+  m.impl("_group_norm_act_channels_last", TORCH_BOX(&group_norm_act<OnCpuLast>));
+  m.impl("_group_norm_act_channels_last_out", TORCH_BOX(&group_norm_act_out<OnCpuLast>));
+  m.impl("_group_norm_act_channels_last_backward", TORCH_BOX(&group_norm_act_backward<OnCpuLast>));
 }
 
 }  // namespace gk

@@ -278,21 +278,24 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
 }
 
+struct OnCpu {
+  static constexpr int kChannelDim = 1;
+  template <class S>
+  static void forward(const GroupNorm& job, const Tensor&) {
+    job.silu ? gk::forward<S, true>(job) : gk::forward<S, false>(job);
+  }
+  template <class S>
+  static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
+    job.silu ? gk::backward<S, true>(job, d) : gk::backward<S, false>(job, d);
+  }
+};
+
 }  // namespace
 
-template <class S>
-void group_norm_forward(const GroupNorm& job, const Tensor&) {
-  job.silu ? forward<S, true>(job) : forward<S, false>(job);
-}
-template <class S>
-void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
-  job.silu ? backward<S, true>(job, d) : backward<S, false>(job, d);
-}
-
 GENKERN_LIBRARY(m) {
-  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act));
-  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out));
-  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
+  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act<OnCpu>));
+  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out<OnCpu>));
+  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward<OnCpu>));
 }
 
 }  // namespace gk
