@@ -33,7 +33,7 @@ class GroupNormCall {
  public:
   GroupNormCall(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias,
                 const MaybeTensor& pre_bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
-                bool silu, int channel_dim = 1) {
+                bool silu, int channel_dim) {
     const Rows first(x);
     keep_.push_back(first);
     job.x = first.array();
@@ -92,44 +92,46 @@ class GroupNormGradientCall {
   Tensor sums_;
 };
 
-// Defined per device.
-template <class S>
-void group_norm_forward(const GroupNorm& job, const Tensor& like);
-template <class S>
-void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like);
+// Kernels, of a device and a layout: kChannelDim of x, which is (samples, channels, ...) or (samples, pixels, channels), and
+// forward<S>(job, like), backward<S>(job, gradients, like) for arithmetic in S.
+template <class Kernels>
+void group_norm_into(GroupNormCall& call, const Tensor& x, const Tensor& y) {
+  if (call.empty()) return;
+  call.job.y = Rows(y).array();
+  call.is_double() ? Kernels::template forward<double>(call.job, x) : Kernels::template forward<float>(call.job, x);
+}
 
-inline Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
-                             MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
+template <class Kernels>
+Tensor group_norm_act(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
+                      MaybeTensor shift, int64_t groups, double eps, bool silu) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, Kernels::kChannelDim);
   const auto sizes = x.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape[1] = call.job.channels;
+  shape[Kernels::kChannelDim] = call.job.channels;
   Tensor y = new_tensor(x, shape, group_norm_type(x, x2));
-  if (call.empty()) return y;
-  call.job.y = Rows(y).array();
-  call.is_double() ? group_norm_forward<double>(call.job, x) : group_norm_forward<float>(call.job, x);
+  group_norm_into<Kernels>(call, x, y);
   return y;
 }
 
-inline void group_norm_act_out(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
-                               MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu, Tensor out) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
-  if (call.empty()) return;
-  call.job.y = Rows(out).array();
-  call.is_double() ? group_norm_forward<double>(call.job, x) : group_norm_forward<float>(call.job, x);
+template <class Kernels>
+void group_norm_act_out(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
+                        MaybeTensor shift, int64_t groups, double eps, bool silu, Tensor out) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, Kernels::kChannelDim);
+  group_norm_into<Kernels>(call, x, out);
 }
 
-inline std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias,
-                                                   MaybeTensor pre_bias, MaybeTensor scale, MaybeTensor shift, int64_t groups,
-                                                   double eps, bool silu) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu);
+template <class Kernels>
+std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias,
+                                            MaybeTensor pre_bias, MaybeTensor scale, MaybeTensor shift, int64_t groups,
+                                            double eps, bool silu) {
+  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, Kernels::kChannelDim);
   GroupNormGradientCall back(grad, call.job);
   const GroupNormGradients& d = back.add_all(x, x2, weight, bias, pre_bias, scale, shift);
   if (call.empty()) {
     for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
     return back.gradients;
   }
-  call.is_double() ? group_norm_backward<double>(call.job, d, x) : group_norm_backward<float>(call.job, d, x);
+  call.is_double() ? Kernels::template backward<double>(call.job, d, x) : Kernels::template backward<float>(call.job, d, x);
   return back.gradients;
 }
 

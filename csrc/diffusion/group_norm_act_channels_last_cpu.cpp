@@ -85,6 +85,24 @@ class Parts {
   }
 };
 
+// Sums over n pixels for each channel, memory read in its order: add(channel, count, first pixel, pixels) -> what these pixels,
+// four at most, add to the k sums of the channels.
+template <int k, class S, class F>
+void add_pixels(int64_t channels, int64_t n, S* const (&sums)[k], const F& add) {
+  using V = VectorOf<S>;
+  for (S* sum : sums) std::fill_n(sum, channels, S{});
+  const auto rows = [&](int64_t i, auto pixels) GK_INLINE {
+    each_vector<V>(channels, [&](int64_t c, int count) GK_INLINE {
+      V part[k] = {};
+      for (int j = 0; j < pixels(); j++) add(c, count, i + j, part);
+      for (int j = 0; j < k; j++) store_part(sums[j] + c, load_part<V>(sums[j] + c, count) + part[j], count);
+    });
+  };
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) rows(i, std::integral_constant<int, 4>{});
+  for (; i < n; i++) rows(i, std::integral_constant<int, 1>{});
+}
+
 template <class S>
 void add_part(const Parts<S>& parts, int64_t sample, int64_t part, Moments* of_groups) {
   using V = VectorOf<S>;
@@ -96,30 +114,23 @@ void add_part(const Parts<S>& parts, int64_t sample, int64_t part, Moments* of_g
   parts.each_tile(part, [&](int64_t at, int64_t n) {
     const S* u = parts.values(sample, at, n, buffer);
     const double count = static_cast<double>(n * per_group);
-    each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
-      V total = {};
-      for (int64_t i = 0; i < n; i++) total = total + load_part<V>(u + i * channels + c, k);
-      store_part(sum + c, total, k);
+    add_pixels(channels, n, {sum}, [&](int64_t c, int k, int64_t i, V* part) GK_INLINE {
+      const S* p = u + i * channels + c;
+      __builtin_prefetch(p + kAhead);
+      part[0] = part[0] + load_part<V>(p, k);
+    });
+    const auto over_group = [&](const S* of, int64_t g) {
+      return sum_of_terms(per_group, [&](int64_t c) { return of[g * per_group + c]; });
+    };
+    for (int64_t g = 0; g < job.groups; g++)
+      std::fill_n(origin + g * per_group, per_group, static_cast<S>(over_group(sum, g) / count));
+    add_pixels(channels, n, {sum, square}, [&](int64_t c, int k, int64_t i, V* part) GK_INLINE {
+      const V away = load_part<V>(u + i * channels + c, k) - load_part<V>(origin + c, k);
+      part[0] = part[0] + away;
+      part[1] = fma(away, away, part[1]);
     });
     for (int64_t g = 0; g < job.groups; g++) {
-      double total = 0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) total += sum[c];
-      std::fill_n(origin + g * per_group, per_group, static_cast<S>(total / count));
-    }
-    each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
-      const V from = load_part<V>(origin + c, k);
-      V rest = {}, squares = {};
-      for (int64_t i = 0; i < n; i++) {
-        const V away = load_part<V>(u + i * channels + c, k) - from;
-        rest = rest + away;
-        squares = fma(away, away, squares);
-      }
-      store_part(sum + c, rest, k);
-      store_part(square + c, squares, k);
-    });
-    for (int64_t g = 0; g < job.groups; g++) {
-      double left = 0, squares = 0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) left += sum[c], squares += square[c];
+      const double left = over_group(sum, g), squares = over_group(square, g);
       of_groups[g].merge({count, origin[g * per_group] + left / count, squares - left * left / count});
     }
   });
@@ -133,22 +144,22 @@ Statistics<S> statistics(const Parts<S>& parts, int64_t sample, int64_t group, c
   return {all, parts.job.eps};
 }
 
-// What a channel of one sample is multiplied by: z = a (u - centre) + b, xhat = (u - centre) rstd + offset.
+// The numbers of all channels of one sample: z = a (u - centre) + b, xhat = (u - centre) rstd + offset.
 template <class S>
-struct Channels {
-  std::vector<S> centre, a, b, rstd, offset;
+struct Channels : Affine<S> {
+  std::vector<S> centre, rstd, offset;
 
-  Channels(const Parts<S>& parts, int64_t sample, const std::vector<Moments>& moments) {
+  Channels(const Parts<S>& parts, int64_t sample, const std::vector<Moments>& moments)
+      : Affine<S>(parts.job.channels), centre(static_cast<size_t>(parts.job.channels)), rstd(centre), offset(centre) {
     const GroupNorm& job = parts.job;
-    for (std::vector<S>* of : {&centre, &a, &b, &rstd, &offset}) of->resize(static_cast<size_t>(job.channels));
+    this->read_channels(job, sample, 0, job.channels);
     for (int64_t g = 0; g < job.groups; g++) {
       const Statistics<S> s = statistics(parts, sample, g, moments);
-      for (int64_t c = g * job.channels_per_group(); c < (g + 1) * job.channels_per_group(); c++) {
-        const Affine<S> affine(job, s, sample, c);
-        const auto at = static_cast<size_t>(c);
-        centre[at] = s.centre(), rstd[at] = static_cast<S>(s.rstd), offset[at] = static_cast<S>(-s.rest() * s.rstd);
-        a[at] = static_cast<S>(affine.a), b[at] = static_cast<S>(affine.b);
-      }
+      const int64_t begin = g * job.channels_per_group(), end = begin + job.channels_per_group();
+      this->normalise(s, begin, end);
+      std::fill(centre.begin() + begin, centre.begin() + end, s.centre());
+      std::fill(rstd.begin() + begin, rstd.begin() + end, static_cast<S>(s.rstd));
+      std::fill(offset.begin() + begin, offset.begin() + end, static_cast<S>(-s.rest() * s.rstd));
     }
   }
 };
@@ -178,6 +189,7 @@ void forward(const GroupNorm& job) {
   const int64_t channels = job.channels;
   parts.each([&](int64_t sample, int64_t part) {
     const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
+    const S *const centre = of.centre.data(), *const a = of.a, *const b = of.b;
     const auto room = Parts<S>::room(2 * parts.tile * channels);
     parts.each_tile(part, [&](int64_t at, int64_t n) {
       const S* u = parts.values(sample, at, n, room.get());
@@ -185,8 +197,10 @@ void forward(const GroupNorm& job) {
       S* const out = place(job.y, sample, at * channels, out_buffer);
       for (int64_t i = 0; i < n; i++)
         each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
-          const V centred = load_part<V>(u + i * channels + c, k) - load_part<V>(&of.centre[c], k);
-          V z = fma(load_part<V>(&of.a[c], k), centred, load_part<V>(&of.b[c], k));
+          const S* p = u + i * channels + c;
+          __builtin_prefetch(p + kAhead);
+          __builtin_prefetch(out + i * channels + c + kAhead, 1);
+          V z = fma(load_part<V>(a + c, k), load_part<V>(p, k) - load_part<V>(centre + c, k), load_part<V>(b + c, k));
           if constexpr (kSilu) z = silu(z);
           store_part(out + i * channels + c, z, k);
         });
@@ -214,6 +228,8 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   std::vector<double> of_parts(static_cast<size_t>(job.samples * parts.count * 3 * channels));
   parts.each([&](int64_t sample, int64_t part) {
     const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
+    const S *const centre = of.centre.data(), *const rstd = of.rstd.data(), *const offset = of.offset.data();
+    const S *const a = of.a, *const b = of.b;
     double* const sums = of_parts.data() + (sample * parts.count + part) * 3 * channels;
     const auto room = Parts<S>::room((2 * parts.tile + 3) * channels);
     S* const tile_sums = room.get() + 2 * parts.tile * channels;
@@ -221,22 +237,19 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       const S* u = parts.values(sample, at, n, room.get());
       const S* dy = read(d.grad, sample, at * channels, n * channels, room.get() + parts.tile * channels);
       S* const dz_of_tile = kept ? place<S>(d.x, sample, at * channels, nullptr) : nullptr;
-      each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
-        const V centre = load_part<V>(&of.centre[c], k), a = load_part<V>(&of.a[c], k), b = load_part<V>(&of.b[c], k);
-        const V rstd = load_part<V>(&of.rstd[c], k), offset = load_part<V>(&of.offset[c], k);
-        V total = {}, total_xhat = {}, total_of_xhat = {};
-        for (int64_t i = 0; i < n; i++) {
-          const V centred = load_part<V>(u + i * channels + c, k) - centre, xhat = fma(centred, rstd, offset);
-          const V dz = dz_of(load_part<V>(dy + i * channels + c, k), centred, a, b);
-          if (dz_of_tile) store_part(dz_of_tile + i * channels + c, dz, k);
-          total = total + dz;
-          total_xhat = fma(dz, xhat, total_xhat);
-          total_of_xhat = total_of_xhat + xhat;
-        }
-        store_part(tile_sums + c, total, k);
-        store_part(tile_sums + channels + c, total_xhat, k);
-        store_part(tile_sums + 2 * channels + c, total_of_xhat, k);
-      });
+      add_pixels(channels, n, {tile_sums, tile_sums + channels, tile_sums + 2 * channels},
+                 [&](int64_t c, int k, int64_t i, V* sum) GK_INLINE {
+                   const int64_t e = i * channels + c;
+                   __builtin_prefetch(u + e + kAhead);
+                   __builtin_prefetch(dy + e + kAhead);
+                   const V centred = load_part<V>(u + e, k) - load_part<V>(centre + c, k);
+                   const V xhat = fma(centred, load_part<V>(rstd + c, k), load_part<V>(offset + c, k));
+                   const V dz = dz_of(load_part<V>(dy + e, k), centred, load_part<V>(a + c, k), load_part<V>(b + c, k));
+                   if (dz_of_tile) store_part(dz_of_tile + e, dz, k);
+                   sum[0] = sum[0] + dz;
+                   sum[1] = fma(dz, xhat, sum[1]);
+                   sum[2] = sum[2] + xhat;
+                 });
       for (int64_t c = 0; c < 3 * channels; c++) sums[c] += tile_sums[c];
     });
   });
@@ -248,31 +261,31 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         d.sums[i * rows + index / parts.count * channels + c] += of_parts[static_cast<size_t>((index * 3 + i) * channels + c)];
   // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat, with g = dz gain weight
   std::vector<S> p(static_cast<size_t>(rows)), q(static_cast<size_t>(rows));
-  for (int64_t sample = 0; sample < job.samples; sample++)
+  for (int64_t sample = 0; sample < job.samples; sample++) {
+    const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
     for (int64_t g = 0; g < job.groups; g++) {
       const Statistics<S> s = statistics(parts, sample, g, moments);
       const double size = static_cast<double>(per_group * job.pixels);
-      double mean_g = 0, mean_g_xhat = 0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
-        const Affine<S> affine(job, s, sample, c);
-        const int64_t row = sample * channels + c;
-        mean_g += affine.gain * affine.weight * sum_dz[row] / size;
-        mean_g_xhat += affine.gain * affine.weight * sum_dz_xhat[row] / size;
-      }
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
-        const Affine<S> affine(job, s, sample, c);
-        const int64_t row = sample * channels + c;
-        const auto at = static_cast<size_t>(row);
-        p[at] = static_cast<S>(s.rstd * mean_g), q[at] = static_cast<S>(s.rstd * mean_g_xhat);
-        put(d.shift, row, sum_dz[row]);
-        put(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
-        const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[row];
-        put(d.pre_bias, row, affine.a * sum_dz[row] - s.rstd * of_pixels);
-      }
+      const int64_t first = g * per_group, row = sample * channels + first;
+      const double *const weight = of.weight + first, *const bias = of.bias + first, *const gain = of.gain + first;
+      const double *const of_dz = sum_dz + row, *const of_dz_xhat = sum_dz_xhat + row, *const of_xhat = sum_xhat + row;
+      const double mean_g = sum_of_terms(per_group, [&](int64_t c) { return gain[c] * weight[c] * of_dz[c]; }) / size;
+      const double mean_g_xhat = sum_of_terms(per_group, [&](int64_t c) { return gain[c] * weight[c] * of_dz_xhat[c]; }) / size;
+      std::fill_n(p.begin() + row, per_group, static_cast<S>(s.rstd * mean_g));
+      std::fill_n(q.begin() + row, per_group, static_cast<S>(s.rstd * mean_g_xhat));
+      put<S>(d.shift, row, per_group, [&](int64_t c) { return of_dz[c]; });
+      put<S>(d.scale, row, per_group, [&](int64_t c) { return weight[c] * of_dz_xhat[c] + bias[c] * of_dz[c]; });
+      put<S>(d.pre_bias, row, per_group, [&](int64_t c) {
+        const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * of_xhat[c];
+        return s.rstd * (gain[c] * weight[c] * of_dz[c] - of_pixels);
+      });
     }
+  }
   put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
   parts.each([&](int64_t sample, int64_t part) {
     const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
+    const S *const centre = of.centre.data(), *const rstd = of.rstd.data(), *const offset = of.offset.data();
+    const S *const a = of.a, *const b = of.b;
     const S *const p_row = p.data() + sample * channels, *const q_row = q.data() + sample * channels;
     const auto room = Parts<S>::room(3 * parts.tile * channels);
     parts.each_tile(part, [&](int64_t at, int64_t n) {
@@ -284,12 +297,14 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       const auto finish = [&](auto again) GK_INLINE {
         for (int64_t i = 0; i < n; i++)
           each_vector<V>(channels, [&](int64_t c, int k) GK_INLINE {
-            const V centred = load_part<V>(u + i * channels + c, k) - load_part<V>(&of.centre[c], k);
-            const V xhat = fma(centred, load_part<V>(&of.rstd[c], k), load_part<V>(&of.offset[c], k));
-            const V a = load_part<V>(&of.a[c], k);
-            V dz = load_part<V>(dy + i * channels + c, k);
-            if constexpr (again()) dz = dz_of(dz, centred, a, load_part<V>(&of.b[c], k));
-            store_part(out + i * channels + c, fma(a, dz, -load_part<V>(p_row + c, k)) - load_part<V>(q_row + c, k) * xhat, k);
+            const int64_t e = i * channels + c;
+            __builtin_prefetch(u + e + kAhead);
+            __builtin_prefetch(dy + e + kAhead);
+            const V centred = load_part<V>(u + e, k) - load_part<V>(centre + c, k), factor = load_part<V>(a + c, k);
+            const V xhat = fma(centred, load_part<V>(rstd + c, k), load_part<V>(offset + c, k));
+            V dz = load_part<V>(dy + e, k);
+            if constexpr (again()) dz = dz_of(dz, centred, factor, load_part<V>(b + c, k));
+            store_part(out + e, fma(factor, dz, -load_part<V>(p_row + c, k)) - load_part<V>(q_row + c, k) * xhat, k);
           });
       };
       kept ? finish(std::false_type{}) : finish(std::true_type{});
@@ -301,39 +316,24 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   });
 }
 
-Tensor group_norm_act_channels_last(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias, MaybeTensor pre_bias,
-                                    MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps, bool silu) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
-  Tensor y = new_tensor(x, {x.size(0), x.size(1), call.job.channels}, group_norm_type(x, x2));
-  if (call.empty()) return y;
-  call.job.y = Rows(y).array();
-  const auto run = call.is_double() ? (silu ? forward<double, true> : forward<double, false>)
-                                    : (silu ? forward<float, true> : forward<float, false>);
-  run(call.job);
-  return y;
-}
-
-std::vector<Tensor> group_norm_act_channels_last_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight,
-                                                          MaybeTensor bias, MaybeTensor pre_bias, MaybeTensor scale,
-                                                          MaybeTensor shift, int64_t groups, double eps, bool silu) {
-  GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, 2);
-  GroupNormGradientCall back(grad, call.job);
-  const GroupNormGradients& d = back.add_all(x, x2, weight, bias, pre_bias, scale, shift);
-  if (call.empty()) {
-    for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
-    return back.gradients;
+struct OnCpuLast {
+  static constexpr int kChannelDim = 2;
+  template <class S>
+  static void forward(const GroupNorm& job, const Tensor&) {
+    job.silu ? gk::forward<S, true>(job) : gk::forward<S, false>(job);
   }
-  const auto run = call.is_double() ? (silu ? backward<double, true> : backward<double, false>)
-                                    : (silu ? backward<float, true> : backward<float, false>);
-  run(call.job, d);
-  return back.gradients;
-}
+  template <class S>
+  static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
+    job.silu ? gk::backward<S, true>(job, d) : gk::backward<S, false>(job, d);
+  }
+};
 
 }  // namespace
 
 GENKERN_LIBRARY(m) {
-  m.impl("_group_norm_act_channels_last", TORCH_BOX(&group_norm_act_channels_last));
-  m.impl("_group_norm_act_channels_last_backward", TORCH_BOX(&group_norm_act_channels_last_backward));
+  m.impl("_group_norm_act_channels_last", TORCH_BOX(&group_norm_act<OnCpuLast>));
+  m.impl("_group_norm_act_channels_last_out", TORCH_BOX(&group_norm_act_out<OnCpuLast>));
+  m.impl("_group_norm_act_channels_last_backward", TORCH_BOX(&group_norm_act_backward<OnCpuLast>));
 }
 
 }  // namespace gk

@@ -42,21 +42,27 @@ GK_FN double sum_of(lane_f32 x) {
   return sum_of_doubles<kLanes>(sums);
 }
 
+// SiLU keeps the processor busy while the memory idles: meanwhile what is needed next comes to L2, as far as it fits there.
+struct Fetch {
+  const char* from;
+  int64_t bytes;
+  GK_FN void operator()(int64_t i) const { __builtin_prefetch(from + i * bytes, 0, 2); }
+};
+constexpr int64_t kFetched = 1 << 19;  // bytes
+
 // One group of one sample. Its elements are numbered in memory order, [0, size()).
 template <class S>
 struct Group {
   using V = VectorOf<S>;
   const GroupNorm& job;
-  int64_t sample, first_channel;
+  int64_t index, sample, first_channel;
 
-  Group(const GroupNorm& j, int64_t index)
-      : job(j), sample(index / j.groups), first_channel(index % j.groups * j.channels_per_group()) {}
+  Group(const GroupNorm& j, int64_t i)
+      : job(j), index(i), sample(index / j.groups), first_channel(index % j.groups * j.channels_per_group()) {}
 
   int64_t size() const { return job.channels_per_group() * job.pixels; }
   int64_t in_sample(int64_t at) const { return first_channel * job.pixels + at; }
   int64_t row(int64_t channel) const { return sample * job.channels + first_channel + channel; }  // of (samples, channels)
-
-  Affine<S> affine(const Statistics<S>& s, int64_t channel) const { return {job, s, sample, first_channel + channel}; }
 
   // f(tile's first element, number of elements)
   template <class F>
@@ -77,6 +83,14 @@ struct Group {
     if (in_first > 0) f(first, from, 0, in_first);
     if (in_first < n) f(second, from + in_first - border, in_first, n - in_first);
   }
+  // Element `at` of the group after this one, if it is there.
+  Fetch next(int64_t at, bool there) const {
+    const Group of(job, index + there);
+    const int64_t border = job.channels_of_x * job.pixels, from = of.in_sample(at);
+    const Array& a = from < border ? job.x : job.x2;
+    const int64_t bytes = element_bytes(a.storage), element = of.sample * a.row_stride + from - (from < border ? 0 : border);
+    return {static_cast<const char*>(a.data) + element * bytes, size() * bytes <= kFetched ? bytes : 0};
+  }
   // u = x + pre_bias at [at, at + n): in place where it lies so, else in the buffer
   const S* values(int64_t at, int64_t n, S* buffer) const {
     const S* v = nullptr;
@@ -90,7 +104,7 @@ struct Group {
     if (v == nullptr) v = buffer;
     if (job.pre_bias.data == nullptr) return v;
     each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-      const V pre = splat<V>(number<S>(job.pre_bias, row(channel), 0));
+      const V pre = splat<V>(number<S>(job.pre_bias, row(channel)));
       each_vector<V>(count,
                      [&](int64_t i, int k) GK_INLINE { store_part(buffer + start + i, load_part<V>(v + start + i, k) + pre, k); });
     });
@@ -141,17 +155,23 @@ void forward(const GroupNorm& job) {
   using V = VectorOf<S>;
   over_groups(job, [&](int64_t begin, int64_t end) {
     alignas(64) S buffer[kGroupTile<S>], out_buffer[kGroupTile<S>];
+    const int64_t per_group = job.channels_per_group();
+    Affine<S> affine(per_group);
     for (int64_t index = begin; index < end; index++) {
       const Group<S> group(job, index);
       const Statistics<S> s = statistics_of(group, buffer);
+      const V centre = splat<V>(s.centre());
+      affine.read_channels(job, group.sample, group.first_channel, per_group);
+      affine.normalise(s, 0, per_group);
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
+        const Fetch next = group.next(at, index + 1 < end);
         S* out = place(job.y, group.sample, group.in_sample(at), out_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-          const Affine<S> affine = group.affine(s, channel);
-          const V a = splat<V>(affine.a), b = splat<V>(affine.b), centre = splat<V>(s.centre());
+          const V a = splat<V>(affine.a[channel]), b = splat<V>(affine.b[channel]);
           each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
             __builtin_prefetch(out + start + i + kAhead, 1);
+            if constexpr (kSilu) next(start + i);
             V z = fma(a, load_part<V>(u + start + i, k) - centre, b);
             if constexpr (kSilu) z = silu(z);
             store_part(out + start + i, z, k);
@@ -175,9 +195,12 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
     alignas(64) S buffer[kGroupTile<S>], grad_buffer[kGroupTile<S>], out[kGroupTile<S>];
     const bool keep = in_place || (kSilu && per_group * job.pixels <= kKept);
     std::vector<S> kept(static_cast<size_t>(keep && !in_place ? per_group * job.pixels : 0));
+    Affine<S> affine(per_group);
     for (int64_t index = begin; index < end; index++) {
       const Group<S> group(job, index);
       const Statistics<S> s = statistics_of(group, buffer);
+      affine.read_channels(job, group.sample, group.first_channel, per_group);
+      affine.normalise(s, 0, per_group);
       S* const dz_of_group = in_place ? place<S>(d.x, group.sample, group.in_sample(0), nullptr) : kept.data();
       const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
       const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
@@ -190,11 +213,13 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         group.each_tile([&](int64_t at, int64_t n) {
           const S* u = group.values(at, n, buffer);
           const S* dy = read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
+          const Fetch next = group.next(at, index + 1 < end);
           group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-            const Affine<S> affine = group.affine(s, channel);
-            const V a = splat<V>(affine.a), b = splat<V>(affine.b);
+            const V a = splat<V>(affine.a[channel]), b = splat<V>(affine.b[channel]);
             V total = {}, total_xhat = {}, total_of_xhat = {};
             each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
+              if constexpr (kSilu) next(start + i);
+              __builtin_prefetch(dy + start + i + kAhead);
               const V centred = keep_first(load_part<V>(u + start + i, k) - centre, k);
               const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b), xhat = keep_first(fma(centred, rstd, offset), k);
               if (keep) store_part(dz_of_group + at + start + i, dz, k);
@@ -210,22 +235,24 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         });
       };
       job.pre_bias.data ? add_up(std::true_type{}) : add_up(std::false_type{});
-      double mean_g = 0, mean_g_xhat = 0;  // of g = dz * gain * weight, the gradient of xhat
-      for (int64_t channel = 0; channel < per_group; channel++) {
-        const Affine<S> affine = group.affine(s, channel);
-        const int64_t row = group.row(channel);
-        mean_g += affine.gain * affine.weight * sum_dz[row];
-        mean_g_xhat += affine.gain * affine.weight * sum_dz_xhat[row];
-        put(d.shift, row, sum_dz[row]);
-        put(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
-      }
-      mean_g /= static_cast<double>(group.size()), mean_g_xhat /= static_cast<double>(group.size());
+      const int64_t row = group.row(0);
+      const double *const of_dz = sum_dz + row, *const of_dz_xhat = sum_dz_xhat + row, *const of_xhat = sum_xhat + row;
+      const auto mean = [&](const double* of) {
+        return sum_of_terms(per_group, [&](int64_t c) { return affine.gain[c] * affine.weight[c] * of[c]; }) /
+               static_cast<double>(group.size());
+      };
+      const double mean_g = mean(of_dz), mean_g_xhat = mean(of_dz_xhat);  // of g = dz * gain * weight, the gradient of xhat
+      put<S>(d.shift, row, per_group, [&](int64_t c) { return of_dz[c]; });
+      put<S>(d.scale, row, per_group, [&](int64_t c) { return affine.weight[c] * of_dz_xhat[c] + affine.bias[c] * of_dz[c]; });
+      put<S>(d.pre_bias, row, per_group, [&](int64_t c) {
+        const double g = affine.gain[c] * affine.weight[c] * of_dz[c];
+        return s.rstd * (g - mean_g * static_cast<double>(job.pixels) - mean_g_xhat * of_xhat[c]);
+      });
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
         const S* dy = keep ? dz_of_group + at : read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
-          const Affine<S> affine = group.affine(s, channel);
-          const V a = splat<V>(affine.a), b = splat<V>(affine.b);
+          const V a = splat<V>(affine.a[channel]), b = splat<V>(affine.b[channel]);
           // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat
           const V p = splat<V>(s.rstd * mean_g), q = splat<V>(s.rstd * mean_g_xhat);
           const auto finish = [&](auto again) GK_INLINE {
@@ -246,32 +273,29 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
             write(to, group.sample, column, out + i, count);
         });
       });
-      if (d.pre_bias.data)
-        for (int64_t channel = 0; channel < per_group; channel++) {
-          const int64_t row = group.row(channel);
-          const double g = group.affine(s, channel).a * sum_dz[row];
-          put(d.pre_bias, row, g - s.rstd * (mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[row]));
-        }
     }
   });
   put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
 }
 
+struct OnCpu {
+  static constexpr int kChannelDim = 1;
+  template <class S>
+  static void forward(const GroupNorm& job, const Tensor&) {
+    job.silu ? gk::forward<S, true>(job) : gk::forward<S, false>(job);
+  }
+  template <class S>
+  static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
+    job.silu ? gk::backward<S, true>(job, d) : gk::backward<S, false>(job, d);
+  }
+};
+
 }  // namespace
 
-template <class S>
-void group_norm_forward(const GroupNorm& job, const Tensor&) {
-  job.silu ? forward<S, true>(job) : forward<S, false>(job);
-}
-template <class S>
-void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
-  job.silu ? backward<S, true>(job, d) : backward<S, false>(job, d);
-}
-
 GENKERN_LIBRARY(m) {
-  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act));
-  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out));
-  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
+  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act<OnCpu>));
+  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out<OnCpu>));
+  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward<OnCpu>));
 }
 
 }  // namespace gk

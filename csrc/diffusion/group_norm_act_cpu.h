@@ -28,16 +28,46 @@ GK_FN void each_vector(int64_t n, const F& f) {  // f(start, count): count is a 
   if (i < n) f(i, static_cast<int>(n - i));
 }
 
-template <class S>
-S number(const Array& a, int64_t at, double absent) {
-  S one;
-  return a.data ? *read(a, 0, at, 1, &one) : static_cast<S>(absent);
+// The sum of term(i) for i in [0, n), in double and in eight chains: one would wait for each addition.
+template <class F>
+double sum_of_terms(int64_t n, const F& term) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) sums[j] += static_cast<double>(term(i + j));
+  for (; i < n; i++) sums[0] += static_cast<double>(term(i));
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
-inline void put(const Array& a, int64_t at, double x) {
+template <class S>
+S number(const Array& a, int64_t at) {
+  S one;
+  return *read(a, 0, at, 1, &one);
+}
+// Numbers [at, at + n) of an array in double; `absent` where it has no data.
+template <class S>
+void numbers(const Array& a, int64_t at, int64_t n, double absent, double* to) {
+  if (a.data == nullptr) {
+    std::fill_n(to, n, absent);
+    return;
+  }
+  S buffer[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t count = std::min(kTile, n - i);
+    const S* from = read(a, 0, at + i, count, buffer);
+    for (int64_t j = 0; j < count; j++) to[i + j] = static_cast<double>(from[j]);
+  }
+}
+// The reverse: value(i) for i in [0, n) goes to at + i.
+template <class S, class F>
+void put(const Array& a, int64_t at, int64_t n, const F& value) {
   if (a.data == nullptr) return;
-  if (a.storage == Storage::kDouble || a.storage == Storage::kFloat) return write_sum({a.data, 1, a.storage}, at, x);
-  const float one = static_cast<float>(x);
-  write(a, 0, at, &one, 1);
+  S buffer[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t count = std::min(kTile, n - i);
+    S* to = place(a, 0, at + i, buffer);
+    for (int64_t j = 0; j < count; j++) to[j] = static_cast<S>(value(i + j));
+    if (to == buffer) write(a, 0, at + i, to, count);
+  }
 }
 
 // Count, mean and sum of squares around it of some numbers.
@@ -61,31 +91,55 @@ struct Statistics {
   double rest() const { return mean - static_cast<double>(centre()); }
 };
 
-// z = a (u - centre) + b for one channel of a sample.
+// What neighbouring channels of one sample are mapped by: z = a (u - centre) + b.
 template <class S>
-struct Affine {
-  double gain, weight, bias, a, b;
-  Affine(const GroupNorm& job, const Statistics<S>& s, int64_t sample, int64_t channel) {
-    const int64_t row = sample * job.channels + channel;
-    gain = 1 + static_cast<double>(number<S>(job.scale, row, 0));
-    weight = number<S>(job.weight, channel, 1), bias = number<S>(job.bias, channel, 0);
-    a = s.rstd * weight * gain;
-    b = bias * gain + number<S>(job.shift, row, 0) - s.rest() * a;
+class Affine {
+  const int64_t room_;
+  std::vector<double> wide_;
+  std::vector<S> narrow_;
+  double* const shift_ = wide_.data();
+
+ public:
+  explicit Affine(int64_t channels)
+      : room_(channels), wide_(static_cast<size_t>(4 * channels)), narrow_(static_cast<size_t>(2 * channels)) {}
+  Affine(const Affine&) = delete;  // pointers lead into the vectors
+  Affine(Affine&&) = default;
+  double *const weight = shift_ + room_, *const bias = weight + room_, *const gain = bias + room_;  // gain = 1 + scale
+  S *const a = narrow_.data(), *const b = a + room_;
+
+  void read_channels(const GroupNorm& job, int64_t sample, int64_t first, int64_t n) {
+    const int64_t row = sample * job.channels + first;
+    numbers<S>(job.weight, first, n, 1, weight);
+    numbers<S>(job.bias, first, n, 0, bias);
+    numbers<S>(job.scale, row, n, 0, gain);
+    numbers<S>(job.shift, row, n, 0, shift_);
+    for (int64_t c = 0; c < n; c++) gain[c] += 1;
+  }
+  void normalise(const Statistics<S>& s, int64_t begin, int64_t end) {  // channels [begin, end) of those read
+    const double rest = s.rest();
+    for (int64_t c = begin; c < end; c++) {
+      const double factor = s.rstd * weight[c] * gain[c];
+      a[c] = static_cast<S>(factor);
+      b[c] = static_cast<S>(bias[c] * gain[c] + shift_[c] - rest * factor);
+    }
   }
 };
 
 // Gradients of weight and bias from the sums over samples of those of dz and dz xhat per channel, (samples, channels) each.
 template <class S>
 void put_parameter_gradients(const GroupNorm& job, const GroupNormGradients& d, const double* sum_dz, const double* sum_dz_xhat) {
-  for (int64_t channel = 0; channel < job.channels && (d.weight.data || d.bias.data); channel++) {
-    double weight = 0, bias = 0;
-    for (int64_t row = channel; row < job.samples * job.channels; row += job.channels) {
-      const double gain = 1 + static_cast<double>(number<S>(job.scale, row, 0));
-      weight += gain * sum_dz_xhat[row], bias += gain * sum_dz[row];
+  if (!d.weight.data && !d.bias.data) return;
+  const int64_t channels = job.channels;
+  std::vector<double> scale(static_cast<size_t>(channels)), weight(scale), bias(scale);
+  for (int64_t row = 0; row < job.samples * channels; row += channels) {
+    numbers<S>(job.scale, row, channels, 0, scale.data());
+    for (int64_t c = 0; c < channels; c++) {
+      const auto at = static_cast<size_t>(c);
+      weight[at] += (1 + scale[at]) * sum_dz_xhat[row + c], bias[at] += (1 + scale[at]) * sum_dz[row + c];
     }
-    put(d.weight, channel, weight);
-    put(d.bias, channel, bias);
   }
+  put<S>(d.weight, 0, channels, [&](int64_t c) { return weight[static_cast<size_t>(c)]; });
+  put<S>(d.bias, 0, channels, [&](int64_t c) { return bias[static_cast<size_t>(c)]; });
 }
 
 }  // namespace gk

@@ -1,7 +1,7 @@
 // group_norm_act on CUDA: one block for each group of each sample. The mean first, then the squares around it, rounded and
 // corrected, so that a large mean costs nothing; sums go from float to double every 16 terms and then through a tree. No atomics.
 // The group is read anew by every pass, which the caches serve for the groups of usual networks.
-#include "group_norm_act.h"
+#include "group_norm_act_cuda.h"
 
 namespace gk {
 namespace {
@@ -31,31 +31,8 @@ struct Group {
       x = read_one(job.x2, sample * job.x2.row_stride + e - border, S{});
     return job.pre_bias.data ? x + read_one(job.pre_bias, row(channel), S{}) : x;
   }
-  __device__ __forceinline__ S number(const Array& a, int64_t at, S absent) const { return a.data ? read_one(a, at, S{}) : absent; }
+  __device__ __forceinline__ Affine<S> affine(int channel) const { return {job, row(channel), first_channel + channel}; }
 };
-
-__device__ __forceinline__ double block_sum(double x, double* shared) {  // the same for all threads
-  __syncthreads();
-  shared[threadIdx.x] = x;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < static_cast<unsigned>(half)) shared[threadIdx.x] += shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  return shared[0];
-}
-
-// The sum of term(element) over [from, n) in steps, in S for 16 terms and then in double.
-template <class S, class F>
-__device__ __forceinline__ double long_sum(int from, int n, int step, const F& term) {
-  double total = 0;
-  for (int i = from; i < n;) {
-    S part{};
-    for (int k = 0; k < 16 && i < n; k++, i += step) part += term(i);
-    total += part;
-  }
-  return total;
-}
 
 template <class S>
 struct Statistics {
@@ -81,25 +58,6 @@ struct Statistics {
   }
 };
 
-template <class S>
-struct Affine {  // z = a xhat + b
-  S gain, weight, bias, a, b;
-  __device__ __forceinline__ Affine(const Group<S>& group, int channel) {
-    const GroupNorm& job = group.job;
-    const int64_t row = group.row(channel);
-    gain = 1 + group.number(job.scale, row, S{});
-    weight = group.number(job.weight, group.first_channel + channel, S{1});
-    bias = group.number(job.bias, group.first_channel + channel, S{});
-    a = weight * gain;
-    b = fma(bias, gain, group.number(job.shift, row, S{}));
-  }
-};
-
-template <class S>
-__device__ __forceinline__ void put(const Array& a, int64_t at, double x) {
-  if (a.data) write_one(a, at, static_cast<S>(x));
-}
-
 template <class S, bool kSilu>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job) {
   __shared__ double shared[kThreads];
@@ -107,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job) 
   const Statistics<S> s(group, shared);
   for (int i = static_cast<int>(threadIdx.x); i < group.size; i += kThreads) {
     const int channel = i / group.pixels;
-    const Affine<S> affine(group, channel);
+    const Affine<S> affine = group.affine(channel);
     S z = fma(affine.a, fma(group.u(i, channel) - s.centre, s.rstd, s.offset), affine.b);
     if (kSilu) z = silu(z);
     write_one(job.y, group.sample * job.y.row_stride + group.in_sample(i), z);
@@ -131,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job,
     const int channel = first + thread / segment;
     double total[3] = {};
     if (channel < group.channels) {
-      const Affine<S> affine(group, channel);
+      const Affine<S> affine = group.affine(channel);
       for (int p = lane; p < group.pixels;) {
         S part[3] = {};
         for (int k = 0; k < 16 && p < group.pixels; k++, p += segment) {
@@ -156,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job,
   __syncthreads();
   double g = 0, g_xhat = 0;  // g = dz * gain * weight is the gradient of xhat
   for (int channel = thread; channel < group.channels; channel += kThreads) {
-    const Affine<S> affine(group, channel);
+    const Affine<S> affine = group.affine(channel);
     const int64_t row = group.row(channel);
     g += affine.a * sum_dz[row], g_xhat += affine.a * sum_dz_xhat[row];
     put<S>(d.shift, row, sum_dz[row]);
@@ -165,14 +123,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job,
   const double mean_g = block_sum(g, shared[0]) * job.inverse_size, mean_g_xhat = block_sum(g_xhat, shared[0]) * job.inverse_size;
   for (int channel = thread; channel < group.channels; channel += kThreads) {
     const int64_t row = group.row(channel);
-    const double gradient = Affine<S>(group, channel).a * sum_dz[row] - mean_g * group.pixels - mean_g_xhat * sum_xhat[row];
+    const double gradient = group.affine(channel).a * sum_dz[row] - mean_g * group.pixels - mean_g_xhat * sum_xhat[row];
     put<S>(d.pre_bias, row, gradient * s.rstd);
   }
   const S p = static_cast<S>(mean_g), q = static_cast<S>(mean_g_xhat);
   const int64_t border = job.channels_of_x * job.pixels;
   for (int i = thread; i < group.size; i += kThreads) {
     const int channel = i / group.pixels;
-    const Affine<S> affine(group, channel);
+    const Affine<S> affine = group.affine(channel);
     const S xhat = xhat_at(i, channel), dx = (fma(affine.a, dz_at(i, xhat, affine), -p) - q * xhat) * s.rstd;
     const int64_t e = group.in_sample(i);
     if (e < border)
@@ -182,19 +140,6 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job,
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(kThreads) parameters_kernel(const GroupNorm job, const GroupNormGradients d) {
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = job.samples * job.channels;
-  if (channel >= job.channels) return;
-  double weight = 0, bias = 0;
-  for (int64_t row = channel; row < rows; row += job.channels) {
-    const double gain = 1 + (job.scale.data ? static_cast<double>(read_one(job.scale, row, S{})) : 0.0);
-    weight += gain * d.sums[rows + row], bias += gain * d.sums[row];
-  }
-  put<S>(d.weight, channel, weight);
-  put<S>(d.bias, channel, bias);
-}
-
 dim3 one_block_per_group(const GroupNorm& job) {
   STD_TORCH_CHECK(job.channels_per_group() * job.pixels < 0x7fffffff - kThreads * 16,
                   "a group has more elements than a block can count");
@@ -202,31 +147,32 @@ dim3 one_block_per_group(const GroupNorm& job) {
   return dim3(static_cast<unsigned>(job.samples * job.groups));
 }
 
+struct OnCuda {
+  static constexpr int kChannelDim = 1;
+  template <class S>
+  static void forward(const GroupNorm& job, const Tensor& like) {
+    const OnDevice device(like);
+    const auto kernel = job.silu ? forward_kernel<S, true> : forward_kernel<S, false>;
+    GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job);
+  }
+
+  template <class S>
+  static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like) {
+    const OnDevice device(like);
+    int segment = 1;
+    while (segment < kThreads && segment < job.pixels) segment *= 2;
+    const auto kernel = job.silu ? backward_kernel<S, true> : backward_kernel<S, false>;
+    GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job, d, segment);
+    put_parameter_gradients<S>(job, d, device);
+  }
+};
+
 }  // namespace
 
-template <class S>
-void group_norm_forward(const GroupNorm& job, const Tensor& like) {
-  const OnDevice device(like);
-  const auto kernel = job.silu ? forward_kernel<S, true> : forward_kernel<S, false>;
-  GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job);
-}
-
-template <class S>
-void group_norm_backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like) {
-  const OnDevice device(like);
-  int segment = 1;
-  while (segment < kThreads && segment < job.pixels) segment *= 2;
-  const auto kernel = job.silu ? backward_kernel<S, true> : backward_kernel<S, false>;
-  GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job, d, segment);
-  if (!d.weight.data && !d.bias.data) return;
-  const auto finish = parameters_kernel<S>;
-  GK_LAUNCH(finish, dim3(static_cast<unsigned>((job.channels + kThreads - 1) / kThreads)), dim3(kThreads), device.stream, job, d);
-}
-
 GENKERN_LIBRARY(m) {
-  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act));
-  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out));
-  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward));
+  m.impl("_group_norm_act", TORCH_BOX(&group_norm_act<OnCuda>));
+  m.impl("_group_norm_act_out", TORCH_BOX(&group_norm_act_out<OnCuda>));
+  m.impl("_group_norm_act_backward", TORCH_BOX(&group_norm_act_backward<OnCuda>));
 }
 
 }  // namespace gk

@@ -130,6 +130,13 @@ def test_into_out_and_in_place():
     x, weight, bias, condition = make(2, 8, 5, 7), make(8), 1 + make(8), make(2, 8)
     arguments = dict(groups=4, weight=weight, bias=bias, pre_bias=condition, activation="silu")
     expected = group_norm_act(x, **arguments)
+    last = lambda x: x.to(memory_format=torch.channels_last)
+    for given, out in ((last(x), torch.empty_like(last(x))), (x, torch.empty_like(last(x))), (last(x), torch.empty_like(x))):
+        genkern.reset_stats()
+        assert group_norm_act(given, **arguments | {"out": out}) is out
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+        name = "group_norm_act_out" if out.is_contiguous() else "group_norm_act_channels_last_out"
+        assert [op for op, _ in genkern.stats()] == [name]
     for out in (torch.empty_like(x), torch.empty(2, 9, 5, 7)[:, :8], torch.empty_like(x, dtype=torch.bfloat16), x):
         version = out._version
         assert group_norm_act(x, **arguments, out=out) is out and out._version > version

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from genkern.core import Op, _backends
+from genkern.core import Op
 from genkern.ops._common import (
     check_choice,
     check_device,
@@ -36,18 +36,14 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     pre_bias, scale, shift
                     (N, C)
     activation      None or "silu"
-    out             where to write the result, (N, C, ...) of any of the types, its samples contiguous; may be x itself. No gradient
+    out             where to write the result, (N, C, ...) of any of the types, its samples contiguous or all of it channels_last
+                    (x is copied first if it lies differently); may be x itself. No gradient
 
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if an input is), returned in the type of x.
     TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
     """
     if activation in (None, "silu") and _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
-        arguments = x, None, weight, bias, pre_bias, scale, shift, groups, float(eps), activation == "silu"
-        if out is None:
-            return _op(*arguments)
-        _out_op(*arguments, out)
-        torch.autograd.graph.increment_version([out])
-        return out
+        return _run(_is_channels_last(x if out is None else out), out, x, None, weight, bias, pre_bias, scale, shift, groups, float(eps), activation == "silu")
     op = "group_norm_act"
     inputs = list(x) if isinstance(x, (list, tuple)) else [x]
     if len(inputs) not in (1, 2):
@@ -73,12 +69,9 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
             check_device(op, name, tensor, "x", x)
     check_choice(op, "activation", activation, (None, "silu"))
     tensors = same_precision((x, x2, weight, bias, pre_bias, scale, shift))
-    if out is None and all(_is_channels_last(tensor) for tensor in inputs):
-        pixels_first = lambda t: None if t is None else t.movedim(1, -1).flatten(1, -2)  # a view: (N, pixels, C)
-        y = _channels_last_op(*map(pixels_first, tensors[:2]), *tensors[2:], groups, float(eps), activation == "silu")
-        return y.unflatten(1, x.shape[2:]).movedim(-1, 1)
+    arguments = groups, float(eps), activation == "silu"
     if out is None:
-        return _op(*tensors, groups, float(eps), activation == "silu")
+        return _run(all(_is_channels_last(tensor) for tensor in inputs), None, *tensors, *arguments)
     check_float(op, "out", out)
     check_shape(op, "out", out, (n, channels, *x.shape[2:]))
     check_device(op, "out", out, "x", x)
@@ -86,14 +79,33 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
         raise ValueError(f"{op}: out has no gradient, but an input requires one")
     if (out.dtype == torch.float64) != (tensors[0].dtype == torch.float64):
         raise ValueError(f"{op}: float64 does not mix with narrower types: out is {out.dtype}, x is {tensors[0].dtype}")
-    if not (out.is_contiguous() or (out.numel() and out[0].is_contiguous())):
-        raise ValueError(f"{op}: the samples of out must be contiguous")
+    last = _is_channels_last(out)
+    if not (last or out.is_contiguous() or (out.numel() and out[0].is_contiguous())):
+        raise ValueError(f"{op}: the samples of out must be contiguous, or all of it channels_last")
     check_written(op, {"out": out}, (x, x2, weight, bias, pre_bias, scale, shift))
     if x2 is not None and any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (x, x2)):
         raise ValueError(f"{op}: out must not share memory with one of two inputs")
-    _out_op(*(None if t is None else t.detach() for t in tensors), groups, float(eps), activation == "silu", out)
+    return _run(last, out, *(None if t is None else t.detach() for t in tensors), *arguments)
+
+
+def _run(channels_last, out, x, x2, *rest):
+    """The op of the layout that the result has."""
+    if channels_last:
+        inputs = _pixels_first(x), None if x2 is None else _pixels_first(x2)
+        if out is None:
+            return _channels_last_op(*inputs, *rest).unflatten(1, x.shape[2:]).movedim(-1, 1)
+        _channels_last_out_op(*inputs, *rest, _pixels_first(out))
+    elif out is None:
+        return _op(x, x2, *rest)
+    else:
+        _out_op(x, x2, *rest, out)
     torch.autograd.graph.increment_version([out])
     return out
+
+
+def _pixels_first(x):
+    """(N, C, ...) as (N, pixels, C): a view where x is channels_last."""
+    return x.movedim(1, -1).flatten(1, -2)
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,28 +121,28 @@ def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
     shape, device = x.shape, x.device
     if not (len(shape) >= 2 and groups > 0 and shape[1] % groups == 0):
         return False
-    for t, dims in ((weight, shape[1:2]), (bias, shape[1:2]), (pre_bias, shape[:2]), (scale, shape[:2]), (shift, shape[:2])):
+    of_all, of_each = shape[1:2], shape[:2]
+    for t, dims in ((weight, of_all), (bias, of_all), (pre_bias, of_each), (scale, of_each), (shift, of_each)):
         if t is not None and not (isinstance(t, torch.Tensor) and t.shape == dims and t.dtype in _NARROW and t.device == device):
             return False
     if out is None:
-        return not _is_channels_last(x)
+        return True
     if torch.compiler.is_compiling() or not (type(out) is torch.Tensor and out.shape == shape and out.dtype in _NARROW):
         return False
-    if out.device != device or out.requires_grad or not out.is_contiguous():
+    if out.device != device or out.requires_grad or not (out.is_contiguous() or _is_channels_last(out)):
         return False
     begin = out.data_ptr()
     end = begin + out.nbytes
     for t in (x, weight, bias, pre_bias, scale, shift):
         if t is not None and t is not out:
             at = t.data_ptr()
-            if t.requires_grad or not t.is_contiguous() or (at < end and begin < at + t.nbytes):
+            if t.requires_grad or not (t.is_contiguous() or _is_channels_last(t)) or (at < end and begin < at + t.nbytes):
                 return False
     return True
 
 
-def _is_channels_last(x):
-    """Whether kernels read x as it lies: CUDA C++ has none for this layout. (vmap answers no question about memory formats.)"""
-    return not x.is_contiguous() and x.dim() > 2 and x.movedim(1, -1).is_contiguous() and _backends.forced() not in ("cuda", "emulated")
+def _is_channels_last(x):  # vmap answers no question about memory formats
+    return not x.is_contiguous() and x.dim() > 2 and x.movedim(1, -1).is_contiguous()
 
 
 def _reference(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
@@ -199,6 +211,19 @@ _out_op = Op(
 )
 
 
+def _reference_channels_last_out(*args):
+    args[-1].copy_(_reference_channels_last(*args[:-1]))
+
+
+_channels_last_out_op = Op(
+    "group_norm_act_channels_last_out",
+    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+    "bool silu, Tensor(a!) out) -> ()",
+    reference=_reference_channels_last_out,
+    fake=lambda *args: None,
+)
+
+
 def group_norm_act_out(x, groups, **options):
     """group_norm_act in place of a copy of x, for cases."""
     out = x.clone(memory_format=torch.contiguous_format)
@@ -221,6 +246,12 @@ def group_norm_act_channels_last(x, groups, x2=None, **options):
     return group_norm_act(x if x2 is None else [x, x2], groups, **options)
 
 
+def group_norm_act_channels_last_out(x, groups, **options):
+    """group_norm_act of images in that layout in place of a copy of x, for cases."""
+    out = x.clone(memory_format=torch.preserve_format)
+    return group_norm_act(out, groups, out=out, **options)
+
+
 def _eager(x, groups, weight, bias):
     return F.silu(F.group_norm(x, groups, weight, bias))
 
@@ -237,6 +268,11 @@ def _adaptive(make, shape):
 
 def _images(make, shape):
     arguments = _arguments(make, shape)
+    return arguments | {"x": _to_channels_last(arguments["x"])}
+
+
+def _images_and_conditions(make, shape):
+    arguments = _adaptive(make, shape)
     return arguments | {"x": _to_channels_last(arguments["x"])}
 
 
@@ -279,6 +315,17 @@ CASES = (
         _adaptive,
         shapes=((2, 6, 5, 7), (0, 4, 3), (1, 4, 521)),
         large=(3, 8, 5003),
+        variants=({"activation": "silu"},),
+        dtypes=(torch.float32, torch.bfloat16),
+        constants=None,
+        eager=lambda x, groups, weight, bias, **_: F.silu(F.group_norm(x, groups, weight, bias)),
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+    ),
+    Case(
+        group_norm_act_channels_last_out,
+        _images_and_conditions,
+        shapes=((2, 6, 5, 7), (1, 4, 3, 61)),
+        large=(3, 8, 61, 83),
         variants=({"activation": "silu"},),
         dtypes=(torch.float32, torch.bfloat16),
         constants=None,

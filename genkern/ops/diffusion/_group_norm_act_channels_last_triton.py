@@ -203,17 +203,22 @@ class _Call:
             )  # fmt: skip
 
 
+@implements("triton", "group_norm_act_channels_last_out")
+def group_norm_act_channels_last_out(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, out):
+    if out.numel() == 0:
+        return
+    call = _Call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps)
+    with torch.cuda.device_of(x):
+        apply_kernel[(call.programs,)](
+            *call.data, call.coefficients, out, *call.strides, *call.sizes, call.rows, SILU=silu, **call.constants
+        )
+
+
 @implements("triton", "group_norm_act_channels_last")
 def group_norm_act_channels_last(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
     channels = x.shape[2] + (0 if x2 is None else x2.shape[2])
     y = torch.empty((*x.shape[:2], channels), dtype=promoted(x, x2), device=x.device)
-    if y.numel() == 0:
-        return y
-    call = _Call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps)
-    with torch.cuda.device_of(x):
-        apply_kernel[(call.programs,)](
-            *call.data, call.coefficients, y, *call.strides, *call.sizes, call.rows, SILU=silu, **call.constants
-        )
+    group_norm_act_channels_last_out(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, y)
     return y
 
 
