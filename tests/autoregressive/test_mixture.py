@@ -218,3 +218,29 @@ def test_drawn_levels_are_those_of_the_reference(channels, given):
         assert (drawn == expected).float().mean() > 0.999
         level = (drawn + 1) * 127.5
         assert (level - level.round()).abs().max() < 1e-4 and level.unique().numel() > 100
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("given", ["key", "keys", "uniforms"])
+@pytest.mark.parametrize("pixels", [1, 5])
+def test_draws_of_few_pixels_do_not_depend_on_the_batch(pixels, given, channels):
+    """A kernel may put the pixels of several rows side by side: as cached samplers call it, pixel after pixel."""
+    torch.manual_seed(0)
+    n, per = 70, 10 if channels == 3 else 3
+    wide = torch.randn(n, per * 2 + 1, pixels)
+    params, key = wide[:, : per * 2], genkern.random.key(3)  # rows that do not touch
+    name = given.removesuffix("s") if given == "keys" else given
+    noise = {"key": key, "keys": genkern.random.split(key, n), "uniforms": torch.rand(n, 2 + channels, pixels)}[given]
+    draw = lambda params, noise: sample(params, channels=channels, levels=256, **{name: noise})
+    with genkern.backend("reference"):
+        expected = draw(params, noise)
+    for backend in backends(op="discretized_mix_logistic_sample"):
+        with genkern.backend(backend):
+            drawn = draw(params, noise)
+            assert (drawn == expected).float().mean() > 0.98
+            if given == "key":
+                assert torch.equal(draw(params[:3], noise), drawn[:3])
+            else:
+                assert torch.equal(draw(params[66:69], noise[66:69]), drawn[66:69])
+            narrow = draw(params.bfloat16(), noise)
+            assert torch.equal(narrow, draw(params.bfloat16().float(), noise))
