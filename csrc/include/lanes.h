@@ -136,8 +136,13 @@ GK_FN lane_f32 sqrt(lane_f32 x) {
 }
 #endif
 
-// The greater, the smaller of x and a bound, in one instruction; keep NaN.
+// -|x|, and the greater, the smaller of x and a bound, each in one instruction; all keep NaN.
+GK_FN float minus_magnitude(float x) { return -::fabsf(x); }
+GK_FN double minus_magnitude(double x) { return -::fabs(x); }
+GK_FN float not_below(float x, float low) { return x < low ? low : x; }
+GK_FN double not_below(double x, double low) { return x < low ? low : x; }
 #ifndef __CUDACC__
+GK_FN lane_f32 minus_magnitude(lane_f32 x) { return bitcast<lane_f32>(bitcast<lane_u32>(x) | 0x80000000u); }
 GK_FN lane_f32 not_below(lane_f32 x, float low) {
 #if defined(__AVX512F__)
   return (lane_f32)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);  // the second operand where one is NaN
@@ -203,11 +208,12 @@ GK_FN V exp_tail_polynomial(V x) {  // (e^x - 1 - x) / x^2 for |x| <= ln(2) / 2
 
 GK_FN float exp(float x) { return ::expf(x); }
 GK_FN double exp(double x) { return ::exp(x); }
+GK_FN float exp_of_negative(float x) { return ::expf(x); }  // of numbers up to 0
+GK_FN double exp_of_negative(double x) { return ::exp(x); }
 #ifndef __CUDACC__
-GK_FN lane_f32 exp(lane_f32 x) {
+GK_FN lane_f32 exp_within(lane_f32 x) {                // -104 <= x <= 89: beyond, e^x is zero or infinity
   const lane_f32 magic = splat<lane_f32>(12582912.0);  // adding it rounds to an integer, ties to even
-  x = not_above(not_below(x, -104), 89);
-  const lane_f32 n = (x * 1.44269504f + magic) - magic;
+  const lane_f32 n = fma(x, splat<lane_f32>(1.44269504), magic) - magic;
   const lane_f32 r = fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), x));
   const lane_f32 p = fma(exp_tail_polynomial(r), r * r, r) + 1.0f;
 #if defined(__AVX512F__)
@@ -217,6 +223,8 @@ GK_FN lane_f32 exp(lane_f32 x) {
   return p * (lane_f32)((half + 127) << 23) * (lane_f32)((k - half + 127) << 23);
 #endif
 }
+GK_FN lane_f32 exp(lane_f32 x) { return exp_within(not_above(not_below(x, -104), 89)); }
+GK_FN lane_f32 exp_of_negative(lane_f32 x) { return exp_within(not_below(x, -104)); }
 #endif
 
 // e^x - 1 - x and e^x - 1 without cancellation near zero, from x and e^x.
@@ -267,7 +275,7 @@ GK_FN lane_f32 log1p(lane_f32 x) {  // ln u + what rounding u = 1 + x lost, rela
 
 template <class V>
 GK_FN V sigmoid(V x) {
-  const V e = exp(x < 0 ? x : -x);  // at most 1, so the quotient is of ordinary numbers
+  const V e = exp_of_negative(minus_magnitude(x));  // at most 1, so the quotient is of ordinary numbers
   return divide(x < 0 ? e : splat<V>(1), e + 1.0f);
 }
 // ln(1 + t) for 0 <= t <= 1: 2 atanh(t / (2 + t)).
@@ -282,8 +290,7 @@ GK_FN lane_f32 log1p_of_unit(lane_f32 t) {
 #endif
 template <class V>
 GK_FN V softplus(V x) {  // ln(1 + e^x); ln sigmoid(x) = -softplus(-x)
-  const V positive = x < 0 ? V{} : x, negative = x < 0 ? x : -x;
-  return positive + log1p_of_unit(exp(negative));
+  return not_below(x, 0) + log1p_of_unit(exp_of_negative(minus_magnitude(x)));
 }
 
 // ---- memory (CPU): kCount numbers, or the first `count` of them with the rest zero

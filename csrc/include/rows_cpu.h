@@ -2,6 +2,7 @@
 // How work is cut does not depend on the number of threads, so results do not either.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -130,6 +131,15 @@ __attribute__((noinline)) const double* fill_noise(const N& distribution, double
 
 // ---- one segment of one row
 
+// A functor with a sum may keep a chain of terms in kGathered numbers of its own, the first a sum: gather(in, row, chain) adds one
+// term, at most 64 to a lane; join(chain, other) adds a chain to another; gathered(chain) is the sum.
+template <class F, class = void>
+constexpr int kChainNumbers = F::kSums;
+template <class F>
+constexpr int kChainNumbers<F, std::void_t<decltype(F::kGathered)>> = F::kGathered;
+template <class F>
+constexpr bool gathers = kChainNumbers<F> != F::kSums;
+
 template <class F, class S>
 GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile],
                        double* sums) {
@@ -139,7 +149,7 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   S* out[F::kOutputs + 1];
   V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
   constexpr int kChains = F::kSums ? 4 : 1;  // of additions, independent: equal terms round the same way, so a long chain drifts
-  V chain[kChains][F::kSums + 1];
+  V chain[kChains][kChainNumbers<F> + 1];
   for (int k = 0; k < F::kInputs; k++) in[k] = read(job.in[k], row, column, n, buffers[k]);
   for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
   for (int k = 0; k < F::kRowInputs; k++) {
@@ -147,10 +157,14 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
     row_in[k] = splat<V>(*read(job.row_in[k], looked_up(job.row_in[k], row), 0, 1, &one));
   }
   for (auto& total : chain)
-    for (int k = 0; k < F::kSums; k++) total[k] = V{};
+    for (int k = 0; k < kChainNumbers<F>; k++) total[k] = V{};
   int64_t i = 0;
   const auto whole = [&](int64_t at, V* total) {
     for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
+    if constexpr (gathers<F>) {
+      job.f.gather(in_lane, row_in, total);
+      return;
+    }
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
     for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
     for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
@@ -167,6 +181,11 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   }
   for (int k = 0; k < F::kOutputs; k++)
     if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
+  if constexpr (gathers<F>) {
+    for (int c = 1; c < kChains; c++) job.f.join(chain[0], chain[c]);
+    sums[0] = sum_lanes(job.f.gathered(chain[0]));
+    return;
+  }
   for (int k = 0; k < F::kSums; k++) {
     V total = chain[0][k];
     for (int c = 1; c < kChains; c++) total = total + chain[c][k];

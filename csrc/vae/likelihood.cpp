@@ -14,6 +14,24 @@ struct BernoulliNll {  // softplus(l) - x l
   GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
     term[0] = fma(-in[1], in[0], softplus(in[0]));
   }
+  // softplus(l) = max(l, 0) + ln(1 + e), e = e^-|l|; and a sum of logarithms is one of a product, kept as its distance from 1: all
+  // terms are positive, so it is as exact for the smallest e as for the largest. 64 factors of at most 2 do not overflow.
+  static constexpr int kGathered = 2;
+  template <class V>
+  GK_FN void gather(const V* in, const V*, V* chain) const {
+    const V e = exp_of_negative(minus_magnitude(in[0]));
+    chain[0] = chain[0] + fma(-in[1], in[0], not_below(in[0], 0));
+    chain[1] = fma(chain[1], e, chain[1] + e);
+  }
+  template <class V>
+  GK_FN void join(V* chain, const V* other) const {
+    chain[0] = chain[0] + other[0];
+    chain[1] = fma(chain[1], other[1], chain[1] + other[1]);
+  }
+  template <class V>
+  GK_FN V gathered(const V* chain) const {
+    return chain[0] + log1p(chain[1]);
+  }
 };
 struct BernoulliNllBackward {
   static constexpr int kInputs = 2, kRowInputs = 1, kOutputs = 1, kSums = 0;
