@@ -83,11 +83,12 @@ struct ArctanScale {  // ln s = limit arctan(u)
   }
 };
 
-// ---- rows: x, shift, raw scale, [gradient,] mask (the same for all rows, or absent) of the transformed elements
+// ---- rows: x, shift, raw scale, [gradient,] mask (the same for all rows, or absent) of the transformed elements; and, last, what
+// is kept and copied, where that is as wide (else absent): a copy costs less between arithmetic than in a pass of its own
 
 template <class Scale>
 struct Coupling {
-  static constexpr int kInputs = 4, kRowInputs = 0, kOutputs = 1, kSums = 1;
+  static constexpr int kInputs = 5, kRowInputs = 0, kOutputs = 2, kSums = 1;
   NoNoise noise;
   Scale map;
   bool inverse, shift_first, masked;
@@ -96,6 +97,7 @@ struct Coupling {
     const V x = in[0], t = in[1];
     const Scaled<V> s = map(in[2]);
     out[0] = inverse ? (shift_first ? x / s.scale - t : (x - t) / s.scale) : (shift_first ? (x + t) * s.scale : fma(x, s.scale, t));
+    out[1] = in[4];
     term[0] = inverse ? -s.log_scale : s.log_scale;
     if (masked) out[0] = in[3] == 0 ? x : out[0], term[0] = in[3] == 0 ? V{} : term[0];
   }
@@ -103,7 +105,7 @@ struct Coupling {
 
 template <class Scale>
 struct CouplingBackward {
-  static constexpr int kInputs = 5, kRowInputs = 1, kOutputs = 3, kSums = 0;
+  static constexpr int kInputs = 6, kRowInputs = 1, kOutputs = 4, kSums = 0;
   NoNoise noise;
   Scale map;
   bool inverse, shift_first, masked;
@@ -117,6 +119,7 @@ struct CouplingBackward {
     out[0] = through;
     out[1] = inverse ? (shift_first ? -grad : -through) : (shift_first ? through : grad);
     out[2] = (inverse ? -to_log : to_log) * s.turn;
+    out[3] = in[5];
     if (masked) out[0] = in[4] == 0 ? grad : out[0], out[1] = in[4] == 0 ? V{} : out[1], out[2] = in[4] == 0 ? V{} : out[2];
   }
 };
@@ -160,14 +163,16 @@ struct Halves {  // of the columns of params: shift and raw scale; x is transfor
       : shape{x.shape().rows, params.shape().width / 2}, kept(x.shape().width - shape.width), scale_first(scale_first) {}
   Array shift(const Rows& params) const { return params.columns(scale_first ? shape.width : 0); }
   Array scale(const Rows& params) const { return params.columns(scale_first ? 0 : shape.width); }
+  Array same(const Rows& x) const { return kept == shape.width ? x.array() : Array{}; }  // the kept half, where it is one
 };
 
 inline Array mask_of(const MaybeTensor& mask) {
   return mask ? Array{mask->data_ptr(), 0, storage_of(mask->scalar_type())} : Array{};
 }
 
-void pass_through(const Rows& from, const Rows& to, const Halves& halves, const Tensor& like) {
-  if (halves.kept) run_rows(Copy{}, {halves.shape.rows, halves.kept}, {from.array()}, {}, {to.array()}, {}, like);
+void copy_kept(const Rows& from, const Rows& to, const Halves& halves, const Tensor& like) {
+  if (halves.kept && halves.kept != halves.shape.width)
+    run_rows(Copy{}, {halves.shape.rows, halves.kept}, {from.array()}, {}, {to.array()}, {}, like);
 }
 
 Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const Tensor& params, const MaybeTensor& mask,
@@ -181,8 +186,10 @@ Tensor transform(const Tensor& x, const Rows& x_rows, const Rows& y_rows, const 
   const Halves halves(x_rows, param_rows, scale_first);
   with_scale(scale, limit, [&](auto map) {
     const Coupling<decltype(map)> f{{}, map, inverse, shift_first, mask.has_value()};
-    const Arrays<4> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows), mask_of(mask)};
-    run_rows(f, halves.shape, in, {}, {y_rows.columns(halves.kept)}, {sum}, x);
+    const bool fresh = y_rows.array().data != x_rows.array().data;
+    const Arrays<5> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows), mask_of(mask),
+                       fresh ? halves.same(x_rows) : Array{}};
+    run_rows(f, halves.shape, in, {}, {y_rows.columns(halves.kept), fresh ? halves.same(y_rows) : Array{}}, {sum}, x);
   });
   return log_det;
 }
@@ -191,7 +198,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, MaybeTensor 
                                            bool scale_first, bool shift_first, bool inverse, double limit) {
   Tensor y = new_tensor(x, x.sizes(), promote(x.scalar_type(), params.scalar_type()));
   const Rows x_rows(x), y_rows(y);
-  pass_through(x_rows, y_rows, Halves(x_rows, Rows(params), scale_first), x);
+  copy_kept(x_rows, y_rows, Halves(x_rows, Rows(params), scale_first), x);
   return {y, transform(x, x_rows, y_rows, params, mask, running, scale, scale_first, shift_first, inverse, limit)};
 }
 
@@ -208,12 +215,17 @@ std::vector<Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_log_det,
   Tensor d_x = new_tensor(x, x.sizes()), d_params = new_tensor(params, params.sizes());
   const Rows x_rows(x), param_rows(params), grad_rows(grad_y), d_x_rows(d_x), d_param_rows(d_params);
   const Halves halves(x_rows, param_rows, scale_first);
-  pass_through(grad_rows, d_x_rows, halves, x);
+  copy_kept(grad_rows, d_x_rows, halves, x);
   with_scale(scale, limit, [&](auto map) {
     const CouplingBackward<decltype(map)> f{{}, map, inverse, shift_first, mask.has_value()};
-    const Arrays<5> in{x_rows.columns(halves.kept), halves.shift(param_rows), halves.scale(param_rows),
-                       grad_rows.columns(halves.kept), mask_of(mask)};
-    const Arrays<3> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows)};
+    const Arrays<6> in{x_rows.columns(halves.kept),
+                       halves.shift(param_rows),
+                       halves.scale(param_rows),
+                       grad_rows.columns(halves.kept),
+                       mask_of(mask),
+                       halves.same(grad_rows)};
+    const Arrays<4> out{d_x_rows.columns(halves.kept), halves.shift(d_param_rows), halves.scale(d_param_rows),
+                        halves.same(d_x_rows)};
     run_rows(f, halves.shape, in, {per_row(grad_log_det)}, out, {}, x);
   });
   std::vector<Tensor> gradients{d_x, d_params};

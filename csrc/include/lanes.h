@@ -344,6 +344,39 @@ GK_FN void store_first(float* p, lane_f32 x, int count) {
   for (int i = 0; i < count; i++) p[i] = x[i];
 #endif
 }
+// Lanes begin ... begin + count - 1 of x from p + begin, the others as they are; the same lanes to p + begin.
+GK_FN lane_f32 load_lanes(lane_f32 x, const float* p, int begin, int count) {
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_mask_loadu_ps((__m512)x, (__mmask16)(((1u << count) - 1) << begin), p);
+#elif defined(__AVX2__)
+  const lane_i32 index = lane_indices(), chosen = (index >= begin) & (index < begin + count);
+  return chosen ? (lane_f32)_mm256_maskload_ps(p, (__m256i)chosen) : x;
+#else
+  for (int i = begin; i < begin + count; i++) x[i] = p[i];
+  return x;
+#endif
+}
+GK_FN void store_lanes(float* p, lane_f32 x, int begin, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)(((1u << count) - 1) << begin), (__m512)x);
+#elif defined(__AVX2__)
+  const lane_i32 index = lane_indices();
+  _mm256_maskstore_ps(p, (__m256i)((index >= begin) & (index < begin + count)), (__m256)x);
+#else
+  for (int i = begin; i < begin + count; i++) p[i] = x[i];
+#endif
+}
+GK_FN lane_f32 pick(lane_f32 x, lane_i32 index) {  // lane i gets x[index[i]]
+#if defined(__AVX512F__)
+  return (lane_f32)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
+#elif defined(__AVX2__)
+  return (lane_f32)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
+#else
+  lane_f32 y = {};
+  for (int i = 0; i < kLanes; i++) y[i] = x[index[i] & (kLanes - 1)];
+  return y;
+#endif
+}
 GK_FN double sum_lanes(double x) { return x; }
 GK_FN double sum_lanes(lane_f32 x) {  // fixed order
 #if defined(__AVX512F__)

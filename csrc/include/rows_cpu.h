@@ -33,6 +33,8 @@ inline void float_to_half(const float* from, uint16_t* to, int64_t n) {
 }
 
 template <class S>
+inline constexpr Storage kStorage = sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble;
+template <class S>
 inline constexpr S kZeros[kTile] = {};  // what an absent array reads as
 
 // Elements [0, n) of a row from column `column` on, as S: in place where the storage is S, else converted into buffer. What is long
@@ -61,8 +63,7 @@ inline const float* read(const Array& a, int64_t row, int64_t column, int64_t n,
 // Where results of S for those elements go: straight to memory, or to a buffer that write() converts.
 template <class S>
 S* place(const Array& a, int64_t row, int64_t column, S* buffer) {
-  const bool direct = a.data && a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble);
-  return direct ? static_cast<S*>(a.data) + row * a.row_stride + column : buffer;
+  return a.data && a.storage == kStorage<S> ? static_cast<S*>(a.data) + row * a.row_stride + column : buffer;
 }
 template <class S>
 __attribute__((noinline)) void write(const Array& a, int64_t row, int64_t column, const S* buffer, int64_t n) {
@@ -78,7 +79,7 @@ __attribute__((noinline)) void write(const Array& a, int64_t row, int64_t column
       for (int64_t i = 0; i < n; i++) p[i] = float_to_bfloat16(buffer[i]);
   }
 }
-inline void write_sum(const Array& a, int64_t row, double total) {
+GK_FN void write_sum(const Array& a, int64_t row, double total) {
   if (a.storage == Storage::kDouble)
     static_cast<double*>(a.data)[row * a.row_stride] = a.onto ? static_cast<const double*>(a.onto)[row] + total : total;
   else
@@ -193,68 +194,93 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   }
 }
 
-// ---- rows narrower than a vector: as many as fit in a tile side by side, so that no lane runs empty
+// ---- rows of at most a vector: as many as fit side by side in its lanes, read and written where they lie
 
 template <class S>
-GK_FN void copy_narrow(const S* from, S* to, int n) {  // n numbers, fewer than lanes
-  store_first(to, load_first(from, n, typename Vector<S>::type{}), n);
+struct Strip {  // row r of a unit begins at data + r * stride
+  S* data;
+  int64_t stride;
+};
+
+template <class S>
+Strip<const S> strip_to_read(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
+  if (!a.data) return {kZeros<S>, width};
+  if (a.storage == kStorage<S>) return {static_cast<const S*>(a.data) + row0 * a.row_stride, a.row_stride};
+  if (a.row_stride == width) return {read(a, row0, 0, rows * width, buffer), width};
+  for (int64_t row = 0; row < rows; row++) read(a, row0 + row, 0, width, buffer + row * width);
+  return {buffer, width};
 }
 template <class S>
-__attribute__((noinline)) const S* pack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
-  if (a.row_stride == width) return read(a, row0, 0, rows * width, buffer);
-  const S* from = read(a, row0, 0, width, buffer);
+const S* row_values(const Array& a, int64_t row0, int64_t rows, S* buffer) {  // of a row input
+  if (!a.data) return kZeros<S>;
+  if (a.storage == kStorage<S> && a.row_stride == 1 && !a.lookup) return static_cast<const S*>(a.data) + row0;
   for (int64_t row = 0; row < rows; row++) {
-    S* to = buffer + row * width;
-    if (from != buffer)
-      copy_narrow(from + row * a.row_stride, to, static_cast<int>(width));
-    else if (row)
-      read(a, row0 + row, 0, width, to);
+    S one;
+    buffer[row] = *read(a, looked_up(a, row0 + row), 0, 1, &one);
   }
   return buffer;
 }
+// `rows` rows from p on; row r takes lanes r * width and the following.
 template <class S>
-__attribute__((noinline)) void unpack(const Array& a, int64_t row0, int64_t rows, int64_t width, S* buffer) {
-  for (int64_t row = 0; row < rows; row++) {
-    S* from = buffer + row * width;
-    S* to = place(a, row0 + row, 0, from);
-    if (to == from)
-      write(a, row0 + row, 0, from, width);
-    else
-      copy_narrow(from, to, static_cast<int>(width));
-  }
+GK_FN typename Vector<S>::type load_rows(Strip<const S> from, int64_t row, int width, int rows) {
+  const S* p = from.data + row * from.stride;
+  __builtin_prefetch(p + kAhead);
+  if (from.stride == width) return load_first(p, rows * width, typename Vector<S>::type{});
+  typename Vector<S>::type x = load_first(p, width, typename Vector<S>::type{});
+  for (int r = 1; r < rows; r++) x = load_lanes(x, p + r * (from.stride - width), r * width, width);
+  return x;
+}
+template <class S>
+GK_FN void store_rows(Strip<S> to, int64_t row, typename Vector<S>::type x, int width, int rows) {
+  S* p = to.data + row * to.stride;
+  __builtin_prefetch(p + kAhead, 1);
+  if (to.stride == width) return store_first(p, x, rows * width);
+  store_first(p, x, width);
+  for (int r = 1; r < rows; r++) store_lanes(p + r * (to.stride - width), x, r * width, width);
 }
 
 template <class F, class S>
-void run_packed(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise, S (*buffers)[kTile]) {
+void run_narrow(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise, S (*buffers)[kTile]) {
   using V = typename Vector<S>::type;
-  constexpr int kCount = Lane<V>::kCount;
-  const int64_t width = job.width, n = rows * width;
-  const S* in[F::kInputs + F::kRowInputs + 1];
-  S* out = buffers[F::kInputs + F::kRowInputs];  // outputs and terms: one tile each from here on
-  V in_lane[F::kInputs + F::kRowInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
-  for (int k = 0; k < F::kInputs; k++) in[k] = pack(job.in[k], row0, rows, width, buffers[k]);
-  for (int k = 0; k < F::kRowInputs; k++) {
-    S* to = buffers[F::kInputs + k];
-    in[F::kInputs + k] = job.row_in[k].data ? to : kZeros<S>;
-    if (!job.row_in[k].data) continue;
-    for (int64_t row = 0; row < rows; row++) {
-      S one;
-      const S value = *read(job.row_in[k], looked_up(job.row_in[k], row0 + row), 0, 1, &one);
-      for (int64_t j = 0; j < width; j++) to[row * width + j] = value;
-    }
+  const int width = static_cast<int>(job.width), most = Lane<V>::kCount / width;
+  const auto row_of_lane = lane_indices() / width;
+  S* buffer = *buffers;  // a tile for each array that is not read or written in place, and for each sum
+  const auto next = [&] { return (buffer += kTile) - kTile; };
+  Strip<const S> in[F::kInputs + 1];
+  Strip<S> out[F::kOutputs + 1];
+  const S* row_in[F::kRowInputs + 1];
+  S* terms[F::kSums + 1];
+  V in_lane[F::kInputs + 1], row_lane[F::kRowInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
+  for (int k = 0; k < F::kInputs; k++) in[k] = strip_to_read(job.in[k], row0, rows, width, next());
+  for (int k = 0; k < F::kRowInputs; k++) row_in[k] = row_values(job.row_in[k], row0, rows, next());
+  for (int k = 0; k < F::kOutputs; k++) {
+    S *own = next(), *place_of_row = place(job.out[k], row0, 0, own);
+    out[k] = {place_of_row, place_of_row == own ? width : job.out[k].row_stride};
   }
-  for (int64_t i = 0; i < n; i += kCount) {  // the last lanes may lie beyond n, where every buffer still has room
-    const int count = static_cast<int>(std::min<int64_t>(kCount, n - i));
-    for (int k = 0; k < F::kInputs + F::kRowInputs; k++) in_lane[k] = load_first(in[k] + i, count, V{});
-    job.f(in_lane, in_lane + F::kInputs, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store(out + k * kTile + i, out_lane[k]);
-    for (int k = 0; k < F::kSums; k++) store(out + (F::kOutputs + k) * kTile + i, term[k]);
+  for (int k = 0; k < F::kSums; k++) terms[k] = next();
+  for (int64_t row = 0; row < rows; row += most) {
+    const int count = static_cast<int>(std::min<int64_t>(most, rows - row));
+#pragma GCC unroll 8
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_rows(in[k], row, width, count);
+#pragma GCC unroll 8
+    for (int k = 0; k < F::kRowInputs; k++) row_lane[k] = pick(load_first(row_in[k] + row, count, V{}), row_of_lane);
+    job.f(in_lane, row_lane, has_noise<F> ? load<V>(noise + row * width) : V{}, out_lane, term);
+#pragma GCC unroll 8
+    for (int k = 0; k < F::kOutputs; k++) store_rows(out[k], row, out_lane[k], width, count);
+#pragma GCC unroll 8
+    for (int k = 0; k < F::kSums; k++) store_first(terms[k] + row * width, term[k], count * width);
   }
-  for (int k = 0; k < F::kOutputs; k++) unpack(job.out[k], row0, rows, width, out + k * kTile);
-  for (int k = 0; k < F::kSums; k++)
-    for (int64_t row = 0; row < rows; row++)
-      write_sum(job.sum[k], row0 + row,
-                sum_lanes(load_first(out + (F::kOutputs + k) * kTile + row * width, static_cast<int>(width), V{})));
+  for (int k = 0; k < F::kOutputs; k++) {
+    const Array& to = job.out[k];
+    if (!to.data || to.storage == kStorage<S>) continue;
+    const bool dense = to.row_stride == width;
+    for (int64_t row = 0; row < (dense ? 1 : rows); row++)
+      write(to, row0 + row, 0, out[k].data + row * width, dense ? rows * width : width);
+  }
+  for (int k = 0; k < F::kSums; k++) {
+    const Array to = job.sum[k];  // a copy that no store can change
+    for (int64_t row = 0; row < rows; row++) write_sum(to, row0 + row, sum_lanes(load_first(terms[k] + row * width, width, V{})));
+  }
 }
 
 // ---- driver: a unit of work is one tile of a row, or as many whole rows as fit in a tile
@@ -267,7 +293,7 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
   const int64_t tiles = std::max<int64_t>(1, (job.width + tile - 1) / tile);  // per row
   const int64_t rows_per_unit = std::max<int64_t>(1, tile / std::max<int64_t>(1, job.width));
   const int64_t units = tiles > 1 ? job.rows * tiles : (job.rows + rows_per_unit - 1) / rows_per_unit;
-  const bool packed = job.width < kCount && job.rows > 1 && job.keys.stride == 0;
+  const bool narrow = job.width <= kCount && job.width > 0 && job.rows > 1 && job.keys.stride == 0;
   std::vector<double> partial(kSums && tiles > 1 ? static_cast<size_t>(units * kSums) : 0);
   torch::stable::parallel_for(0, units, 16 * kTile / tile, [&](int64_t begin, int64_t end) {
     alignas(64) S buffers[F::kInputs + F::kRowInputs + F::kOutputs + F::kSums + 1][kTile];
@@ -283,8 +309,8 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
         if (job.keys.stride == 0)
           noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(0), static_cast<uint64_t>(row0 * job.width + column), rows * n);
       if constexpr (kCount > 1)
-        if (packed) {
-          run_packed<F, S>(job, row0, rows, noise, buffers);
+        if (narrow) {
+          run_narrow<F, S>(job, row0, rows, noise, buffers);
           continue;
         }
       for (int64_t row = row0; row < row0 + rows; row++) {
