@@ -29,14 +29,29 @@ constexpr int kGuidanceInputs = 5;  // the moments
 constexpr int kGuidanceInputs = 2;  // the weights
 #endif
 
-template <class Distribution, bool kMore>  // kMore: a history, or the next model input
-struct SamplerStep {
+// What a call has, known when it is run ...
+struct Form {
+  int history;  // terms
+  bool guided, noisy, next_input, adaptive, bounded, learned;
+};
+// ... or when it is compiled: the steps of samplers with guidance and without noise, which write the second half of the next model
+// input.
+template <int kTermsOfHistory, bool kAdaptive>
+struct GuidedForm {
+  static constexpr int history = kTermsOfHistory;
+  static constexpr bool guided = !kAdaptive, noisy = false, next_input = true, adaptive = kAdaptive, bounded = false,
+                        learned = false;
+  static constexpr unsigned kReads = 1u << kX | 1u << kU | 1u << kC | ((1u << history) - 1) << kPast;
+  static constexpr unsigned kWrites = 1u << kNext | 1u << kNextInput | (history ? 1u << kNextPast : 0);
+};
+
+template <class Distribution, class Form, bool kMore>  // kMore: a history, or the next model input
+struct SamplerStep : Form {
+  using Form::history, Form::guided, Form::noisy, Form::next_input;
   static constexpr int kInputs = kMore ? kStepInputs : kPast, kRowInputs = kMore ? kStepRows : kSampleOnPast;
   static constexpr int kOutputs = kMore ? kStepOutputs : 1, kSums = 0;
   Distribution noise;
   double clip;
-  int history;  // terms
-  bool guided, noisy, next_input;
 
   template <class V>
   GK_FN V model_output(const V* in, const V* row) const {
@@ -77,13 +92,13 @@ struct SamplerStep {
 };
 
 // With adaptive guidance, a threshold per sample, or a learned variance.
-template <class Distribution>
-struct AdaptiveStep : SamplerStep<Distribution, true> {
+template <class Distribution, class Form>
+struct AdaptiveStep : SamplerStep<Distribution, Form, true> {
+  using Form::adaptive, Form::bounded, Form::learned;
   static constexpr int kInputs = kStepInputs + 1;
   // Behind the columns of the table: the logarithms of the least and the largest variance, the bound, guidance.
   static constexpr int kRowInputs = kStepRows + 3 + kGuidanceInputs;
   AdaptiveGuidance guidance;
-  bool adaptive, bounded, learned;
 
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V eps, V* out, V*) const {
@@ -120,25 +135,36 @@ struct Arguments {
   double clip;
   AdaptiveGuidance guidance;
   bool learned;
+  Array weights{};             // on the CPU: of adaptive guidance
+  int64_t begin = 0, end = 0;  // the samples to take
+  bool guided() const { return raw.shape().rows != x.shape().rows; }
+  bool adaptive() const {
+    return moments || (guided() && (guidance.rescale != 0 || guidance.parallel != 1 || guidance.max_norm < HUGE_VAL));
+  }
   int terms() const { return history[2] ? 3 : history[1] ? 2 : history[0] ? 1 : 0; }  // of history
   int scale_column() const { return kSample + 2 * (kTerms + terms()); }
 };
+
+Form form_of(const Arguments& a) {
+  return {a.terms(), a.guided(), a.key || a.noise, a.input_out.has_value(), a.adaptive(), a.bound.has_value(), a.learned};
+}
 
 // Fills in what all functors have and runs; the rest of `in` and `row` is there or absent.
 template <class F>
 void run(F f, const Arguments& a, const Tensor& like, Arrays<F::kInputs> in, Arrays<F::kRowInputs> row) {
   const int64_t samples = a.x.shape().rows;
-  const int history = a.terms();
+  const Form form = form_of(a);
   Arrays<F::kOutputs> out{};
-  f.clip = a.clip, f.history = history;
-  f.guided = a.raw.shape().rows != samples, f.noisy = a.key || a.noise, f.next_input = a.input_out.has_value();
+  f.clip = a.clip;
+  if constexpr (std::is_base_of<Form, F>::value) static_cast<Form&>(f) = form;
   in[kX] = a.x.array();
   in[kU] = a.raw.array();
-  if (f.guided) in[kC] = samples_from(in[kU], samples);
+  if (form.guided) in[kC] = samples_from(in[kU], samples);
   if (a.noise) in[kNoise] = a.noise->array();
   out[kNext] = a.out.array();
   for (int k = 0; k < kSampleOnPast; k++) row[k] = columns_from(a.table, k);
   if constexpr (F::kOutputs > 1) {
+    const int history = form.history;
     for (int k = 0; k < history; k++) {
       in[kPast + k] = a.history[k]->array();
       row[kSampleOnPast + k] = columns_from(a.table, kSampleOnPast + k);
@@ -146,15 +172,18 @@ void run(F f, const Arguments& a, const Tensor& like, Arrays<F::kInputs> in, Arr
     for (int k = 0; k < kTerms + history && history; k++) row[kPastRow + k] = columns_from(a.table, kSampleOnPast + history + k);
     row[kScale] = columns_from(a.table, a.scale_column());
     if (a.history_out) out[kNextPast] = a.history_out->array();
-    if (f.next_input) out[kNextInput] = a.input_out->array();
-    if (f.next_input && a.input_out->shape().rows != samples) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
+    if (form.next_input) out[kNextInput] = a.input_out->array();
+    if (form.next_input && a.input_out->shape().rows != samples) out[kNextInput + 1] = samples_from(out[kNextInput], samples);
   }
-  run_rows(f, a.x.shape(), in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
+  for (Array& array : in) array = rows_from(array, a.begin);
+  for (Array& array : row) array = rows_from(array, a.begin);
+  for (Array& array : out) array = rows_from(array, a.begin);
+  run_rows(f, {a.end - a.begin, a.x.shape().width}, in, row, out, {}, like, a.key ? keys_of(*a.key) : Keys{});
 }
 
-template <class Distribution>
+template <class Distribution, class Form>
 void run_adaptive(const Arguments& a, const Tensor& like) {
-  using F = AdaptiveStep<Distribution>;
+  using F = AdaptiveStep<Distribution, Form>;
   Arrays<F::kInputs> in{};
   Arrays<F::kRowInputs> row{};
   Array* const more = row.data() + kStepRows;
@@ -164,35 +193,75 @@ void run_adaptive(const Arguments& a, const Tensor& like) {
     for (int k = 0; k < 2; k++) more[k] = columns_from(a.table, a.scale_column() + 1 + k);
   }
   if (a.bound) more[2] = per_row(*a.bound);
-  std::vector<float> weights;
-  std::vector<double> wide_weights;
-  if (a.moments) {
 #ifdef GK_GPU
+  if (a.moments)
     for (int k = 0; k < kGuidanceInputs; k++) more[3 + k] = columns_from(Rows(*a.moments).array(), k);
 #else
-    Array on{nullptr, 2, a.table.storage};
-    if (on.storage == Storage::kDouble)
-      on.data = (wide_weights = guidance_weights<double>(a.guidance, a.table, *a.moments)).data();
-    else
-      on.data = (weights = guidance_weights<float>(a.guidance, a.table, *a.moments)).data();
-    for (int k = 0; k < kGuidanceInputs; k++) more[3 + k] = columns_from(on, k);
+  if (a.weights.data)
+    for (int k = 0; k < kGuidanceInputs; k++) more[3 + k] = columns_from(a.weights, k);
 #endif
-  }
   F f{};
   f.guidance = a.guidance;
-  f.adaptive = a.moments.has_value(), f.bounded = a.bound.has_value(), f.learned = a.learned;
   run(f, a, like, in, row);
 }
 
+#ifndef GK_GPU
+// The steps that GuidedForm serves; whether this is one.
+template <int kTermsOfHistory>
+bool run_guided(const Arguments& a, const Tensor& like) {
+  const Form form = form_of(a);
+  const bool serves = form.history == kTermsOfHistory && form.guided && !form.noisy && form.next_input && !form.bounded &&
+                      !form.learned && a.input_out->shape().rows == a.x.shape().rows;
+  if (serves && form.adaptive)
+    run_adaptive<NoNoise, GuidedForm<kTermsOfHistory, true>>(a, like);
+  else if (serves)
+    run(SamplerStep<NoNoise, GuidedForm<kTermsOfHistory, false>, true>{}, a, like, {}, {});
+  return serves;
+}
+#endif
+
 template <class Distribution>
 void run_with_noise(const Arguments& a, const Tensor& like) {
-  if (a.moments || a.bound || a.learned)
-    run_adaptive<Distribution>(a, like);
+  if (a.adaptive() || a.bound || a.learned)
+    run_adaptive<Distribution, Form>(a, like);
   else if (a.terms() || a.input_out)
-    run(SamplerStep<Distribution, true>{}, a, like, {}, {});
+    run(SamplerStep<Distribution, Form, true>{}, a, like, {}, {});
   else
-    run(SamplerStep<Distribution, false>{}, a, like, {}, {});
+    run(SamplerStep<Distribution, Form, false>{}, a, like, {}, {});
 }
+
+void run_any(const Arguments& a, const Tensor& like) {
+#ifndef GK_GPU
+  if (run_guided<0>(a, like) || run_guided<1>(a, like) || run_guided<2>(a, like)) return;
+#endif
+  a.key ? run_with_noise<Normal>(a, like) : run_with_noise<NoNoise>(a, like);
+}
+
+#ifndef GK_GPU
+constexpr int64_t kInCache = 1 << 18;  // elements of the model outputs, for each thread
+
+// Adaptive guidance: where the moments are not given they are taken here, of as many samples at a time as stay in the cache for the
+// step. Noise counts elements from the first sample on, so that with it all samples are one block.
+template <class S>
+void run_weighted(Arguments a, const Tensor& like) {
+  const RowShape shape = a.x.shape();
+  const int64_t in_cache = kInCache * torch::stable::get_num_threads() / (2 * std::max<int64_t>(1, shape.width));
+  const int64_t block = a.moments || a.key ? shape.rows : std::max<int64_t>(1, in_cache);
+  std::vector<S> sums(a.moments ? 0 : 5 * shape.rows), weights(2 * shape.rows);
+  const Array u = a.raw.array(), table = a.table, none{nullptr, 5, table.storage};
+  Array moments = a.moments ? Rows(*a.moments).array() : none;
+  if (!a.moments) moments.data = sums.data();
+  a.weights = {weights.data(), 2, table.storage};
+  for (a.begin = 0; a.begin < shape.rows; a.begin = a.end) {
+    a.end = std::min(shape.rows, a.begin + block);
+    const int64_t samples = a.end - a.begin;
+    const Array of_block = rows_from(moments, a.begin);
+    if (!a.moments) sum_moments({samples, shape.width}, rows_from(u, a.begin), rows_from(u, shape.rows + a.begin), of_block, like);
+    guidance_weights<S>(a.guidance, rows_from(table, a.begin), of_block, samples, weights.data() + 2 * a.begin);
+    run_any(a, like);
+  }
+}
+#endif
 
 void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps, int64_t step, MaybeTensor h1, MaybeTensor h2,
                   MaybeTensor h3, MaybeTensor noise, MaybeTensor key, MaybeTensor moments, MaybeTensor bound, double clip,
@@ -214,7 +283,18 @@ void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps
               {},
               learned};
   a.guidance = {rescale, parallel, max_norm, static_cast<double>(std::max<int64_t>(1, a.x.shape().width))};
-  key ? run_with_noise<Normal>(a, x) : run_with_noise<NoNoise>(a, x);
+  a.end = a.x.shape().rows;
+#ifdef GK_GPU
+  STD_TORCH_CHECK(a.moments || !a.adaptive(), "sampler_step: adaptive guidance needs moments");
+  run_any(a, x);
+#else
+  if (!a.adaptive())
+    run_any(a, x);
+  else if (a.table.storage == Storage::kDouble)
+    run_weighted<double>(std::move(a), x);
+  else
+    run_weighted<float>(std::move(a), x);
+#endif
 }
 
 }  // namespace

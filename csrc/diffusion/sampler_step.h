@@ -54,20 +54,42 @@ inline Array table_rows(const Tensor& table, const MaybeTensor& steps, int64_t s
   return rows;
 }
 
+// Absent arrays stay so.
+inline Array rows_from(Array a, int64_t begin) {
+  if (a.lookup) {
+    a.lookup += begin * a.lookup_stride;
+    return a;
+  }
+  return a.data ? samples_from(a, begin) : a;
+}
+
+struct GuidanceMoments {
+  static constexpr int kInputs = 2, kRowInputs = 0, kOutputs = 0, kSums = 5;
+  NoNoise noise;
+  template <class V>
+  GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
+    const V c = in[1], d = c - in[0];
+    term[0] = c, term[1] = d, term[2] = d * d, term[3] = c * d, term[4] = c * c;
+  }
+};
+
+// Of the first samples of u and c, `width` elements each, into the rows of sums.
+inline void sum_moments(RowShape shape, const Array& u, const Array& c, const Array& sums, const Tensor& like) {
+  Arrays<5> columns;
+  for (int k = 0; k < 5; k++) columns[k] = columns_from(sums, k);
+  run_rows(GuidanceMoments{}, shape, {u, c}, {}, {}, columns, like);
+}
+
 #ifndef GK_GPU
-// The weights of every sample, on_c and on_d, in the arithmetic type: once per sample instead of once per vector.
+// The weights on_c and on_d of samples, in the arithmetic type: once per sample instead of once per vector.
 template <class S>
-std::vector<S> guidance_weights(const AdaptiveGuidance& guidance, const Array& table, const Tensor& moments) {
-  const int64_t samples = moments.size(0);
-  const Array sums = Rows(moments).array();
-  std::vector<S> weights(2 * samples + 1);
+void guidance_weights(const AdaptiveGuidance& guidance, const Array& table, const Array& sums, int64_t samples, S* weights) {
   for (int64_t i = 0; i < samples; i++) {
     S g, m[5];
     g = *read(table, looked_up(table, i), 1, 1, &g);
     const S* row = read(sums, i, 0, 5, m);
     guidance.weights<S>(g, {row[0], row[1], row[2], row[3], row[4]}, weights[2 * i], weights[2 * i + 1]);
   }
-  return weights;
 }
 #endif
 

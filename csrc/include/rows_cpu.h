@@ -141,33 +141,57 @@ constexpr int kChainNumbers<F, std::void_t<decltype(F::kGathered)>> = F::kGather
 template <class F>
 constexpr bool gathers = kChainNumbers<F> != F::kSums;
 
-template <class F, class S>
-GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const S* noise, S (*buffers)[kTile],
-                       double* sums) {
-  using V = typename Vector<S>::type;
+// Which inputs and outputs a functor ever has (bits); one that serves fewer than its arrays says so as kReads and kWrites.
+template <class F, class = void>
+struct Present {
+  static constexpr unsigned kReads = ~0u, kWrites = ~0u;
+};
+template <class F>
+struct Present<F, std::void_t<decltype(F::kReads), decltype(F::kWrites)>> {
+  static constexpr unsigned kReads = F::kReads, kWrites = F::kWrites;
+};
+template <class F>
+constexpr bool reads(int k) {
+  return Present<F>::kReads >> k & 1;
+}
+template <class F>
+constexpr bool writes(int k) {
+  return Present<F>::kWrites >> k & 1;
+}
+
+template <class F, class V>
+GK_FN void read_row(const RowJob<F>& job, int64_t row, V* row_in) {
+  for (int k = 0; k < F::kRowInputs; k++) {
+    Scalar<V> one;
+    row_in[k] = splat<V>(*read(job.row_in[k], looked_up(job.row_in[k], row), 0, 1, &one));
+  }
+}
+
+template <class F, class S, class V>
+GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_t n, const V* row_in, const S* noise,
+                       S (*buffers)[kTile], double* sums) {
   constexpr int kCount = Lane<V>::kCount;
   const S* in[F::kInputs + 1];
   S* out[F::kOutputs + 1];
-  V row_in[F::kRowInputs + 1], in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
+  V in_lane[F::kInputs + 1], out_lane[F::kOutputs + 1], term[F::kSums + 1];
   constexpr int kChains = F::kSums ? 4 : 1;  // of additions, independent: equal terms round the same way, so a long chain drifts
   V chain[kChains][kChainNumbers<F> + 1];
   for (int k = 0; k < F::kInputs; k++) in[k] = read(job.in[k], row, column, n, buffers[k]);
   for (int k = 0; k < F::kOutputs; k++) out[k] = place(job.out[k], row, column, buffers[F::kInputs + k]);
-  for (int k = 0; k < F::kRowInputs; k++) {
-    S one;
-    row_in[k] = splat<V>(*read(job.row_in[k], looked_up(job.row_in[k], row), 0, 1, &one));
-  }
   for (auto& total : chain)
     for (int k = 0; k < kChainNumbers<F>; k++) total[k] = V{};
+  const F f = job.f;  // stores cannot change a copy, so that its numbers stay in registers
   int64_t i = 0;
   const auto whole = [&](int64_t at, V* total) {
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
+    for (int k = 0; k < F::kInputs; k++)
+      if (reads<F>(k)) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
     if constexpr (gathers<F>) {
-      job.f.gather(in_lane, row_in, total);
+      f.gather(in_lane, row_in, total);
       return;
     }
-    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
+    f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
+    for (int k = 0; k < F::kOutputs; k++)
+      if (writes<F>(k)) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
     for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
   };
   for (; i + kChains * kCount <= n; i += kChains * kCount)
@@ -176,15 +200,15 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   if (i < n) {
     const int rest = static_cast<int>(n - i);
     for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_first(in[k] + i, rest, V{});
-    job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
+    f(in_lane, row_in, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
     for (int k = 0; k < F::kOutputs; k++) store_first(out[k] + i, out_lane[k], rest);
     for (int k = 0; k < F::kSums; k++) chain[0][k] = chain[0][k] + keep_first(term[k], rest);
   }
   for (int k = 0; k < F::kOutputs; k++)
     if (out[k] == buffers[F::kInputs + k]) write(job.out[k], row, column, out[k], n);
   if constexpr (gathers<F>) {
-    for (int c = 1; c < kChains; c++) job.f.join(chain[0], chain[c]);
-    sums[0] = sum_lanes(job.f.gathered(chain[0]));
+    for (int c = 1; c < kChains; c++) f.join(chain[0], chain[c]);
+    sums[0] = sum_lanes(f.gathered(chain[0]));
     return;
   }
   for (int k = 0; k < F::kSums; k++) {
@@ -287,7 +311,8 @@ void run_narrow(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise
 
 template <class S, class F>
 void drive_rows(const RowJob<F>& job, const Tensor&) {
-  constexpr int kSums = F::kSums, kCount = Lane<typename Vector<S>::type>::kCount;
+  using V = typename Vector<S>::type;
+  constexpr int kSums = F::kSums, kCount = Lane<V>::kCount;
   constexpr int64_t tile = 64 * kCount;  // a lane adds 64 terms, then the total continues in double
   static_assert(tile <= kTile, "buffers hold a tile");
   const int64_t tiles = std::max<int64_t>(1, (job.width + tile - 1) / tile);  // per row
@@ -299,6 +324,8 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
     alignas(64) S buffers[F::kInputs + F::kRowInputs + F::kOutputs + F::kSums + 1][kTile];
     alignas(64) S noise_buffer[has_noise<F> ? kNoiseRoom : 1];
     double sums[kSums + 1];
+    V row_in[F::kRowInputs + 1];
+    int64_t read_last = -1;  // the row of row_in
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t row0 = tiles > 1 ? unit / tiles : unit * rows_per_unit;
       const int64_t column = tiles > 1 ? unit % tiles * tile : 0;
@@ -321,7 +348,8 @@ void drive_rows(const RowJob<F>& job, const Tensor&) {
           else
             row_noise = fill_noise(job.f.noise, noise_buffer, job.keys.of(row), static_cast<uint64_t>(column), n);
         }
-        run_segment<F, S>(job, row, column, n, row_noise, buffers, sums);
+        if (row != read_last) read_row(job, read_last = row, row_in);
+        run_segment<F, S>(job, row, column, n, row_in, row_noise, buffers, sums);
         for (int k = 0; k < kSums; k++) {
           if (tiles > 1)
             partial[unit * kSums + k] = sums[k];

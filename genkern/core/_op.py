@@ -97,6 +97,25 @@ class Op:
                     return self._functions[choice].apply(*args)
         return self._forward[choice](*args)
 
+    def bound(self, tensor):
+        """(backend, function): the choice for calls whose choosing argument is like this tensor, made once for all turns of a loop.
+
+        The function takes the op's arguments, eager and without gradients; calls are counted as ever.
+        """
+        choice, why = self._choose(tensor)
+        if why is not None:
+            self._slow(why)
+        function = self._forward.get(choice)
+        if function is None:
+            function = lambda *args: self._call_reference(args)
+        name, count = self.name, _backends.count
+
+        def call(*args):
+            count(name, choice)
+            return function(*args)
+
+        return choice, call
+
     # ---- choosing
 
     def available(self, device_type):

@@ -248,41 +248,49 @@ class Sampler:
         count = 0 if self.renoise_unconditional else self.history
         history = [torch.zeros_like(x) for _ in range(count)] if run.early else [x] * count  # the latest first; x stands in for none
 
-        for i in _progress(range(len(rows)), progress, name):
+        # What the ops would check holds by construction, and nothing that they choose by changes between steps.
+        device = x.device
+        backend, step = _sampler_step.bound(x)
+        given_moments = adaptive and (backend != "cpu" or self.threshold is not None)  # the CPU's step takes them itself
+        samples, steps = shape[0], len(rows)
+        absent = (None,) * (3 - max(count, self.renoise_unconditional))
+        for i in _progress(range(steps), progress, name):
             m = model(model_input, times[i], **conditions)
             m = m if isinstance(m, torch.Tensor) else m.sample
-            if m.shape != expected or m.device != x.device:
+            if m.shape != expected or m.device != device:
                 got = f"{tuple(m.shape)} on {m.device}"
                 raise ValueError(f"{name}.sample: the model must return {tuple(expected)} on {x.device}, got {got}")
-            m = m if (m.dtype == torch.float64) == (dtype == torch.float64) else m.to(dtype)
+            if m.dtype != dtype and torch.float64 in (m.dtype, dtype):
+                m = m.to(dtype)
             if guidance_momentum:
                 u, c = m.to(dtype).chunk(2)
                 difference = c - u + guidance_momentum * difference
                 m = torch.cat([c - difference, c])
-            given = draw = None
+            given = draw = moments = bound = None
             if noisy[i] and noise is None:
                 draw = keys[i + 1]
             elif noisy[i]:
                 given = noise(i).to(x)
                 if given.shape != shape:
                     raise ValueError(f"{name}.sample: noise must have shape {tuple(shape)}, got {tuple(given.shape)}")
-            last = i + 1 == len(rows)
-            # What the ops would check holds by construction.
-            moments = _guidance_moments(m, learned) if adaptive else None
-            bound = None
+            last = i + 1 == steps
+            if given_moments:
+                moments = _guidance_moments(m, learned)
             if self.threshold is not None:
                 bound = _dynamic_threshold(x, m, table, None, i, moments, *numbers, self.threshold, self.threshold_max)
-            past = (m[: shape[0]],) if self.renoise_unconditional else history  # the outputs without the condition come first
+            past = (m[:samples],) if self.renoise_unconditional else history  # the outputs without the condition come first
             out, newest = x, None
             if history:  # the new term takes the place of the oldest
                 newest = history[-1] if history[-1] is not x else torch.empty_like(x)
             if last and doubles:  # not half of a tensor
                 out, newest = torch.empty_like(x) if newest is None else newest, None
-            _sampler_step(
-                x, m, table, None, i, *(*past, None, None, None)[:3], given, draw, moments, bound, clip, *numbers, learned, out, newest,
+            step(
+                x, m, table, None, i, *past, *absent, given, draw, moments, bound, clip, *numbers, learned, out, newest,
                 None if last else input_out,
             )  # fmt: skip
-            x, history = out, [newest, *history[:-1]] if history else history
+            x = out
+            if history:
+                history = [newest, *history[:-1]]
             if mask is not None:
                 alpha, sigma = levels[i]
                 x.mul_(mask).add_((alpha * image + sigma * first_noise) * (1 - mask))

@@ -17,7 +17,7 @@ from genkern.ops._common import (
     same_precision,
     working_type,
 )
-from genkern.ops.diffusion._sampler_step_moments import guidance_moments, guidance_weights
+from genkern.ops.diffusion._sampler_step_moments import _moments, guidance_moments, guidance_weights
 from genkern.testing._case import Case
 
 
@@ -320,6 +320,9 @@ def _reference(
         model_output, v = model_output.chunk(2, 1)
         *rest, low, high = rest
     *rest, scale = rest
+    adaptive = rescale != 0 or parallel != 1 or max_norm < math.inf
+    if moments is None and adaptive and model_output.shape[0] != x.shape[0]:  # the CPU's kernel can be asked to take them itself
+        moments = _moments(model_output)
     m = _guided(x, model_output, g_u, g_c, moments, rescale, parallel, max_norm)
     y = a * x + b * m
     if clip < math.inf:

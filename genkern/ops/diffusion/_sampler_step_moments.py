@@ -38,7 +38,10 @@ def guidance_weights(moments, g, rescale, parallel, max_norm, count):
 
 
 def _reference(model_output, learned):
-    model_output = model_output.chunk(2, 1)[0] if learned else model_output
+    return _moments(model_output.chunk(2, 1)[0] if learned else model_output)
+
+
+def _moments(model_output):
     u, c = model_output.to(working_type(model_output)).reshape(model_output.shape[0], model_output.shape[1:].numel()).chunk(2)
     d = c - u
     return torch.stack([c.sum(1), d.sum(1), (d * d).sum(1), (c * d).sum(1), (c * c).sum(1)], 1)
