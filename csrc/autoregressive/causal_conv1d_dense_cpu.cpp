@@ -130,8 +130,7 @@ void tiles(const DenseJob<S>& job, int64_t group, const Weights<S>& weights, int
     product_of_tile(weights, buffers.in.data() + at * weights.depth, count - at, finish.from_column(at));
   if (direct) return;
   each_run(first, count, job.time, [&](int64_t m, int64_t s, int64_t run, int64_t at) {
-    for (int64_t o = 0; o < rows; o++)
-      copy(buffers.out.data() + o * kWidth + at, 1, run, y + m * sample + o * job.time + s);
+    for (int64_t o = 0; o < rows; o++) copy(buffers.out.data() + o * kWidth + at, 1, run, y + m * sample + o * job.time + s);
   });
 }
 
@@ -160,7 +159,7 @@ void dense(const DenseJob<S>& job) {
   constexpr bool kWide = Tile<S>::kCount > 1;
   constexpr int64_t kWidth = kTiles * Tile<S>::kColumns, kSteps = Tile<S>::kSteps;
   const int64_t columns = job.samples * job.time, rest = columns % kWidth;
-  const bool halves = job.gated() && job.weights.outputs / 2 % (Tile<S>::kRows / 2);  // that tiles cannot pair
+  const bool halves = job.gated() && job.weights.outputs / 2 % (Tile<S>::kRows / 2);   // that tiles cannot pair
   const int64_t in_steps = !kWide || halves ? columns : rest > 2 * kSteps ? 0 : rest;  // a few columns are quicker one by one
   const auto in_units = [&](int64_t from, int64_t end_column, int64_t width, auto&& kernel) {
     const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, job.group_size() * width));
@@ -185,7 +184,8 @@ void run(const Tensor& x, const MaybeTensor& state, const Tensor& weight, const 
          const MaybeTensor& condition, int64_t dilation, int64_t groups, Activation activation, Tensor& y) {
   Buffer<S> own;
   if (!packed) own = pack<S>(weight, groups);
-  DenseJob<S> job{x.size(0), weight.size(1), y.size(2), weight.size(2), dilation, groups, activation, Strided<S>(x), {}, {}, {}, {}};
+  DenseJob<S> job{x.size(0), weight.size(1), y.size(2), weight.size(2), dilation, groups, activation, Strided<S>(x), {}, {}, {},
+                  {}};
   job.weights = {weight.size(0) / groups, weight.size(1) * weight.size(2),
                  packed ? static_cast<const S*>(packed->data_ptr()) : own.data(),
                  bias ? static_cast<const S*>(bias->data_ptr()) : nullptr};

@@ -30,9 +30,13 @@ struct FromLine {  // memory that begins with a cache line: a vector that lies i
   S* allocate(size_t count) { return static_cast<S*>(::operator new(count * sizeof(S), std::align_val_t(64))); }
   void deallocate(S* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
   template <class T>
-  void construct(T* p) { ::new (static_cast<void*>(p)) T; }  // unset
+  void construct(T* p) {
+    ::new (static_cast<void*>(p)) T;
+  }  // unset
   template <class T>
-  void construct(T* p, const T& value) { ::new (static_cast<void*>(p)) T(value); }
+  void construct(T* p, const T& value) {
+    ::new (static_cast<void*>(p)) T(value);
+  }
   bool operator==(const FromLine&) const { return true; }
   bool operator!=(const FromLine&) const { return false; }
 };
@@ -55,7 +59,7 @@ template <class S>
 struct Finish {
   S* y;
   int64_t stride, rows;
-  Activation activation;  // kGate: row and row + half of the outputs make row of y
+  Activation activation;         // kGate: row and row + half of the outputs make row of y
   const S* condition = nullptr;  // of output (row, column), added before the gate: condition[row * along[0] + column * along[1]],
   int64_t along[2] = {};         // the second 0 or 1
   bool gated() const { return activation == Activation::kGate; }
@@ -113,7 +117,8 @@ void rows_of_columns(const Weights<S>& weights, int64_t first, int64_t second, c
   }
   for (int o = 0; o < kRows && row(o) < weights.outputs; o++)
     for (int j = 0; j < kVectors; j++)
-      store(finish.y + row(o) * finish.stride + j * kCount, finish.activation == Activation::kSilu ? silu(total[o][j]) : total[o][j]);
+      store(finish.y + row(o) * finish.stride + j * kCount,
+            finish.activation == Activation::kSilu ? silu(total[o][j]) : total[o][j]);
 }
 
 // All outputs of `count` columns, rounded up to vectors; x (depth, kColumns of the tile). Half of gated outputs: whole kHalf.

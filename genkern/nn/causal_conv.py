@@ -3,15 +3,15 @@
 import torch
 
 from genkern import ops
-from genkern.ops.autoregressive._causal_conv1d_dense import dense, pack_dense, pays_dense
+from genkern.ops.autoregressive._causal_conv1d_dense import dense, dense_silu, pack_dense, pays_dense
 
 
 class CausalConv1d(torch.nn.Conv1d):
     """torch.nn.Conv1d over (N, C, L) whose output at time t sees the inputs up to t: genkern.ops.causal_conv1d.
 
     Arguments and state_dict are those of torch.nn.Conv1d. stride must be 1, padding 0 and padding_mode "zeros": the past of
-    (kernel_size - 1) dilation zeros is implied, so the length is kept. activation: None, "silu", fused where groups equals both
-    channel numbers, or "gated", which halves the out_channels and takes a condition: see genkern.ops.causal_conv1d.
+    (kernel_size - 1) dilation zeros is implied, so the length is kept. activation: None, "silu" or "gated", which halves
+    the out_channels and takes a condition; where they are part of the same pass says genkern.ops.causal_conv1d.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CausalConv1d(torch.nn.Conv1d):
         condition = condition[..., None] if condition is not None and condition.dim() == 2 else condition
         quick = not torch.is_grad_enabled() and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
         depthwise = self.groups == self.in_channels == self.out_channels
-        if quick and not depthwise and self.activation != "silu" and pays_dense(self.weight, self.groups):
+        if quick and not depthwise and pays_dense(self.weight, self.groups):
             state = state if isinstance(state, DenseState) else DenseState(self, several, state)
             output = state.step(several)
             output = ops.gated_activation(output, condition) if self.activation == "gated" else output
@@ -96,6 +96,7 @@ class DenseState:
         self.size, self.at = (layer.kernel_size[0] - 1) * layer.dilation[0], 0
         self.weight, self.bias, self.options = layer.weight.detach().contiguous(), layer.bias, (layer.dilation[0], layer.groups)
         self.packed = pack_dense(self.weight, layer.groups)
+        self.op = dense_silu if layer.activation == "silu" else dense
         self.buffer = x.new_zeros(x.shape[0], 2 * self.size + 64, x.shape[1]) if self.size else None
         if past is not None and self.size:
             self.buffer[:, : self.size] = past.transpose(1, 2)
@@ -117,4 +118,4 @@ class DenseState:
             self.buffer[:, self.at + self.size : end] = x.transpose(1, 2)
             state = self.past()
             self.at = end - self.size
-        return dense(x, state, self.weight, self.bias, self.packed, *self.options)
+        return self.op(x, state, self.weight, self.bias, self.packed, *self.options)

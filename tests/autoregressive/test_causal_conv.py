@@ -219,6 +219,62 @@ def test_update_of_slots(backend):
             assert (y[1] == 0).all() and torch.equal(state[1:4], slots[1:4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [3, 4, 6])
+def test_steps_of_wide_and_narrow_states(columns, dtype):
+    """More columns than the taps reach back, channels over several spans and a rest, an input that lies in a wider one, an empty
+    request."""
+    c = 277
+    x, weight, bias = (t.to(dtype) for t in _inputs(3, c, 7))
+    whole = ops.causal_conv1d(x, weight, bias, groups=c, activation="silu")
+    state = torch.zeros(4, c, columns, dtype=dtype)
+    indices = torch.tensor([2, -1, 0], dtype=torch.int32)
+    for t in range(7):
+        projected = torch.cat([x[..., t], x[..., t]], 1)[:, :c]
+        y = ops.causal_conv1d_update(projected, state, weight, bias, activation="silu", state_indices=indices)
+        assert torch.equal(y[::2], whole[::2, :, t]) and not y[1].any()
+    assert torch.equal(state[[2, 0]], F.pad(x, (columns, 0))[::2, :, -columns:]) and not state[[1, 3]].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_dense_silu_has_the_bits_of_two_passes_in_pieces(groups):
+    x, weight, bias = torch.randn(2, 6, 205), torch.randn(20, 6 // groups, 2), torch.randn(20)
+    options = {"groups": groups, "dilation": 3, "activation": "silu"}
+    whole = ops.causal_conv1d(x, weight, bias, **options)
+    torch.testing.assert_close(whole, F.silu(F.conv1d(F.pad(x, (3, 0)), weight, bias, groups=groups, dilation=3)))
+    pieces, state = [], torch.zeros(2, 6, 3)
+    for part in x.split([1, 4, 150, 50], 2):
+        y, state = ops.causal_conv1d(part, weight, bias, initial_state=state, return_final_state=True, **options)
+        pieces.append(y)
+    assert torch.equal(torch.cat(pieces, 2), whole)
+    given = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    assert torch.equal(ops.causal_conv1d(*given, **options), whole)  # in two passes
+    a = F.conv1d(F.pad(given[0], (3, 0)), given[1], given[2], groups=groups, dilation=3)
+    expected = torch.autograd.grad(F.silu(a).square().sum(), given)
+    got = torch.autograd.grad(ops.causal_conv1d(*given, **options).square().sum(), given)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_dense
+@pytest.mark.parametrize("outputs", [6, 24])
+def test_gated_has_the_same_bits_in_pieces(outputs, backend):
+    """Halves that tiles can pair and others; tiles within a sample and over two; a condition for each column or for all."""
+    x, weight = torch.randn(2, 3, 290), torch.randn(outputs, 3, 2)
+    for condition in (None, torch.randn(2, outputs, 290), torch.randn(2, outputs, 1), torch.randn(2, 290, outputs).mT):
+        with genkern.backend(backend):
+            whole = ops.causal_conv1d(x, weight, activation="gated", condition=condition)
+            two = ops.gated_activation(ops.causal_conv1d(x, weight), condition)
+            pieces, state, at = [], torch.zeros(2, 3, 1), 0
+            for part in x.split([5, 200, 85], 2):
+                here = condition if condition is None or condition.shape[2] == 1 else condition[..., at : at + part.shape[2]]
+                y, state = ops.causal_conv1d(
+                    part, weight, activation="gated", condition=here, initial_state=state, return_final_state=True
+                )
+                pieces.append(y)
+                at += part.shape[2]
+        assert torch.equal(whole, two) and torch.equal(torch.cat(pieces, 2), whole)
+
+
 def test_one_step_has_no_time_dimension():
     x, weight, bias = _inputs(2, 21, 1)
     states = torch.zeros(2, 2, 21, 3)

@@ -27,6 +27,22 @@ def test_layer_is_torch_conv_with_a_past(groups):
             torch.testing.assert_close(torch.cat(outputs, 2), layer(x))
 
 
+def test_steps_with_silu_have_the_bits_of_the_layer():
+    layer, x = nn.CausalConv1d(5, 8, 3, dilation=2, activation="silu"), torch.randn(2, 5, 11)
+    expected = layer(x)
+    genkern.reset_stats()
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+        first, state = layer.step(x[..., :5])
+        outputs = [first]
+        for t in range(5, 11):
+            y, state = layer.step(x[..., t], state)
+            outputs.append(y[..., None])
+    assert torch.equal(torch.cat(outputs, 2), expected)
+    if "cpu" in backends(op="causal_conv1d_dense_silu"):
+        assert genkern.stats() == {("causal_conv1d_dense_silu", "cpu"): 8}
+
+
 def test_layer_with_a_gate():
     layer, x, condition = nn.CausalConv1d(5, 8, 3, dilation=2, activation="gated"), torch.randn(2, 5, 11), torch.randn(2, 8, 11)
     expected = layer(x, condition)

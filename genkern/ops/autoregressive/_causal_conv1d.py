@@ -132,7 +132,7 @@ def causal_conv1d_update(x, state, weight, bias=None, *, dilation=1, activation=
 
 
 def _is_plain_step(x, state, weight, bias, dilation, activation):
-    """Whether _prepared_step, which takes as long as a small step, has nothing to refuse and nothing to change; of the CPU's tensors."""
+    """Whether _prepared_step, as slow as a small step itself, has nothing to refuse and nothing to change; of the CPU's tensors."""
     tensors = (x, state, weight) if bias is None else (x, state, weight, bias)
     dtype, grad = getattr(x, "dtype", None), torch.is_grad_enabled()
     for t in tensors:
@@ -254,11 +254,13 @@ def _grouped(x, weight, bias, state, seq_idx, dilation, groups, silu):
     """Any groups: a dense kernel, or torch's convolution, one for each tap where sequence indices forbid some."""
     dtype = promoted(x, weight, bias, state)
     if seq_idx is None and pays_dense(weight, groups) and takes_kernels(x, dtype):
-        one_pass = silu and dense.backend_of(x) == "cpu" and not _gradient_wanted(x, weight, bias, state)
-        op = dense_silu if one_pass else dense
+        own_silu = silu and dense.backend_of(x) == "cpu"
+        one_pass = own_silu and not _gradient_wanted(x, weight, bias, state)
         x, state, weight, bias = for_kernel(dense, x, state, weight, bias)
-        y = op(x, state, weight, bias, None, dilation, groups).to(dtype)
-        return F.silu(y) if silu and not one_pass else y
+        y = (dense_silu if one_pass else dense)(x, state, weight, bias, None, dilation, groups)
+        if own_silu and not one_pass:  # as a convolution of one tap, which has the bits of the one pass
+            y = _op(y, y.new_ones(y.shape[1], 1), None, None, None, 1, True)
+        return F.silu(y.to(dtype)) if silu and not own_silu else y.to(dtype)
     y = _by_torch(x, weight, bias, state, seq_idx, dilation, groups, dtype)
     return F.silu(y) if silu else y
 
