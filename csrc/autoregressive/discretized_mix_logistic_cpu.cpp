@@ -6,8 +6,9 @@
 namespace gk {
 namespace {
 
-constexpr int64_t kPixels = 128;           // of a unit of work; a multiple of the lanes
-constexpr int64_t kStride = kPixels + 16;  // of a channel in the buffers; at a power of two the channels would evict each other
+constexpr int64_t kPixels = 128;              // of a unit of work; a multiple of the lanes
+constexpr int64_t kLarge = int64_t{1} << 20;  // bytes of gradients that would not stay in a core's caches
+constexpr int64_t kStride = kPixels + 16;     // of a channel in the buffers; at a power of two the channels would evict each other
 
 // Parameters and their gradients lie in buffers, kStride apart by channel.
 template <class V, int colours, bool gradient>
@@ -59,12 +60,22 @@ void copy(const Array& from, int64_t row, int64_t first, int64_t count, S* to) {
   if (values != to) memcpy(to, values, count * sizeof(S));
 }
 
+inline void copy_out(const float* from, float* to, int64_t count, bool large) {
+  if (!large || count % kLanes || reinterpret_cast<uintptr_t>(to) % sizeof(lane_f32)) {
+    memcpy(to, from, count * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kLanes) stream(to + i, load<lane_f32>(from + i));
+}
+inline void copy_out(const double* from, double* to, int64_t count, bool) { memcpy(to, from, count * sizeof(double)); }
+
 // Sample n's pixels in units of kPixels; totals of units are added in their order.
 template <class S, int colours, bool gradient>
 void run(const MixtureJob& job, const MixtureRule<S>& rule) {
   using V = typename Vector<S>::type;
   constexpr int kCount = Lane<V>::kCount, kSlopes = MixtureChannels<colours>::kSlopes;
   const int64_t k = job.k, pixels = job.pixels, tiles = (pixels + kPixels - 1) / kPixels, channels = k + kSlopes * k;
+  const bool large = job.rows * pixels * channels * static_cast<int64_t>(sizeof(S)) > kLarge;
   std::vector<double> partial(gradient ? 0 : job.rows * tiles);
   torch::stable::parallel_for(0, job.rows * tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<S> data(colours * kStride), buffer(channels * kStride), grad_buffer(gradient ? channels * kStride : 0);
@@ -95,12 +106,13 @@ void run(const MixtureJob& job, const MixtureRule<S>& rule) {
           if (to == values)
             write(job.out, row, c * pixels + first, values, count);
           else
-            memcpy(to, values, count * sizeof(S));
+            copy_out(values, to, count, large);
         }
       } else {
         partial[unit] = sum_lanes(total);
       }
     }
+    if (gradient && large) streamed();
   });
   if constexpr (!gradient) {
     for (int64_t row = 0; row < job.rows; row++) {

@@ -306,6 +306,24 @@ template <class V>
 GK_FN void store(Scalar<V>* p, V x) {
   memcpy(p, &x, sizeof(V));
 }
+// To an address that is a multiple of a vector's size, past the caches, which would read the place before it is written: for
+// results larger than they are. streamed() before other threads may look.
+GK_FN void stream(float* p, lane_f32 x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)x);
+#else
+  store(p, x);
+#endif
+}
+GK_FN void streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 GK_FN lane_i32 lane_indices() {
   lane_i32 index;
   for (int i = 0; i < kLanes; i++) index[i] = i;
