@@ -216,8 +216,9 @@ class Op:
                     with torch.enable_grad():
                         return None, *op._differentiate_reference(args, grads)
                 got = op._backward[choice](*grads, *args)
-                if op._passes and op._passes(*args):
-                    got = grads[0].to(args[0].dtype), *got
+                if len(got) != leading and op._passes and op._passes(*args):
+                    first = grads[0] if grads[0].dtype is args[0].dtype else grads[0].to(args[0].dtype)
+                    got = first, *got
                 if len(got) == leading:  # the usual case: all are there, before the other tensors
                     return None, *got, *nones
                 got = iter(got)
