@@ -207,21 +207,22 @@ inline Tensor empty_like_mu(const Tensor& mu, bool both, ScalarType type) {
   return new_tensor(mu, shape, type);
 }
 
-// Gradients in the order of the arguments: one tensor for each that is there.
+// Gradients in the order of the arguments: one tensor for each that is there, but none for a mean whose gradient passes.
 class MomentsGradient {
  public:
-  MomentsGradient(const Tensor& mu, const MaybeTensor& log_var, std::vector<Tensor>* all) {
+  MomentsGradient(const Tensor& mu, const MaybeTensor& log_var, std::vector<Tensor>* all, bool passes = false) : passes_(passes) {
     const auto add = [&](const Tensor& like) {
       all->push_back(new_tensor(like, like.sizes()));
       return all->back();
     };
-    const Tensor first = add(mu);
-    rows_.emplace(first, log_var ? MaybeTensor(add(*log_var)) : MaybeTensor());
+    const Tensor first = add(passes ? *log_var : mu);
+    rows_.emplace(first, passes ? first : log_var ? MaybeTensor(add(*log_var)) : MaybeTensor());
   }
-  Array mu() const { return rows_->mu(); }
+  Array mu() const { return passes_ ? Array{} : rows_->mu(); }
   Array log_var() const { return rows_->log_var(); }
 
  private:
+  bool passes_;
   std::optional<Moments> rows_;
 };
 

@@ -23,7 +23,9 @@ std::vector<Tensor> reparameterize_backward(Tensor grad, Tensor mu, MaybeTensor 
   const Moments q(mu, log_var);
   const Rows grad_rows(grad);
   std::vector<Tensor> gradients;
-  const MomentsGradient d(mu, log_var, &gradients);
+  // Not clamped, the mean's gradient is `grad` itself and the caller's to hand on.
+  const bool passes = log_var && !soft && low == -INFINITY && high == INFINITY;
+  const MomentsGradient d(mu, log_var, &gradients, passes);
   with_types(low, high, soft, false, false, [&](auto clamp, auto, auto) {
     run_rows(ReparameterizeBackward<decltype(clamp)>{{}, clamp}, q.shape(), {q.mu(), q.log_var(), grad_rows.array()}, {},
              {d.mu(), d.log_var()}, {}, mu, keys_of(key));

@@ -56,11 +56,13 @@ class Op:
                     `_<name>_backward(grad outputs, all arguments)` returns those of the arguments that are not None
     device_of       position of the argument whose device chooses the backend
     first           a backend to choose before the others of its device
+    passes          a function of the arguments: whether the gradient of the output is, as it is, that of the first argument, which
+                    `_<name>_backward` then leaves out
     """
 
-    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, first=None):
+    def __init__(self, name, schema, *, reference, fake, differentiable=(), device_of=0, first=None, passes=None):
         self.name, self.backward_name, self.reference = name, f"{name}_backward", reference
-        self.device_of, self.first = device_of, first
+        self.device_of, self.first, self._passes = device_of, first, passes
         parsed = torch._C.parse_schema(f"genkern::_{name}{schema}")
         arguments, outputs = parsed.arguments, len(parsed.returns)
         self._tensors = sum("Tensor" in str(a.type) for a in arguments)
@@ -76,7 +78,9 @@ class Op:
         self._backward = differentiable and {
             b: getattr(getattr(torch.ops, n), f"_{name}_backward").default for b, (n, _, _) in BACKENDS.items()
         }
-        self._functions = {b: self._autograd_function(b, len(arguments)) for b in BACKENDS} if differentiable else None
+        self._functions = {b: self._autograd_function(b) for b in BACKENDS} if differentiable else {}
+        # Function.apply is Python around this: for transforms of torch.func, in which no kernel is called
+        self._apply = {b: super(torch.autograd.Function, f).apply for b, f in self._functions.items()}
         self._with_backward: set = set()  # backends that have a kernel for the backward pass too
         self._default: dict = {}  # device type -> (backend, None or why it is the reference)
         _backends.libraries()
@@ -85,7 +89,8 @@ class Op:
 
     def __call__(self, *args):
         choice, why = self._choose(args[self.device_of])
-        if not is_compiling():
+        compiling = is_compiling()
+        if not compiling:
             _backends.count(self.name, choice)
             if why is not None:
                 self._slow(why)
@@ -94,7 +99,8 @@ class Op:
         if self._differentiable and torch.is_grad_enabled():
             for i in self._differentiable:
                 if args[i] is not None and args[i].requires_grad:
-                    return self._functions[choice].apply(*args)
+                    apply = self._functions[choice].apply if compiling else self._apply[choice]
+                    return apply(args[self._tensors :], *args[: self._tensors])
         return self._forward[choice](*args)
 
     def bound(self, tensor):
@@ -200,48 +206,49 @@ class Op:
     def _fake_backward(self, outputs):
         def fake(*args):
             inputs = args[outputs:]
-            return [
-                torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
-                for i in self._differentiable
-                if inputs[i] is not None
-            ]
+            wanted = self._differentiable[1 if self._passes and self._passes(*inputs) else 0 :]
+            return [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in wanted if inputs[i] is not None]
 
         return fake
 
-    def _autograd_function(self, choice, arguments):
+    def _autograd_function(self, choice):
         op, tensors, differentiable = self, self._tensors, self._differentiable
         leading = len(differentiable) if differentiable == tuple(range(len(differentiable))) else None
-        nones = (None,) * (arguments - len(differentiable))
+        nones = (None,) * (tensors - len(differentiable))
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *args):
-                ctx.save_for_backward(*args[:tensors])
-                ctx.rest = args[tensors:]
-                return op._forward[choice](*args)
+            def forward(ctx, rest, *tensors):  # each argument and each gradient costs time: the others are one
+                ctx.save_for_backward(*tensors)
+                ctx.rest = rest
+                return op._forward[choice](*tensors, *rest)
 
             @staticmethod
             def backward(ctx, *grads):
                 args = (*ctx.saved_tensors, *ctx.rest)
                 if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-                    return op._differentiate_reference(args, grads)
+                    return None, *op._differentiate_reference(args, grads)
                 native = choice in op._with_backward  # else there is a kernel for the forward pass alone
                 if not is_compiling():
                     _backends.count(op.backward_name, choice if native else "reference")
                 if not native:
                     with torch.enable_grad():
-                        return op._differentiate_reference(args, grads)
+                        return None, *op._differentiate_reference(args, grads)
                 got = op._backward[choice](*grads, *args)
-                if len(got) == leading:  # the usual case: all are there, before the other arguments
-                    return (*got, *nones)
+                if len(got) != leading and op._passes and op._passes(*args):
+                    first = grads[0] if grads[0].dtype is args[0].dtype else grads[0].to(args[0].dtype)
+                    got = first, *got
+                if len(got) == leading:  # the usual case: all are there, before the other tensors
+                    return None, *got, *nones
                 got = iter(got)
-                return tuple(next(got) if i in differentiable and a is not None else None for i, a in enumerate(args))
+                tensors = enumerate(args[: op._tensors])
+                return None, *(next(got) if i in differentiable and a is not None else None for i, a in tensors)
 
         Function.__name__ = Function.__qualname__ = self.name
         return Function
 
     def _differentiate_reference(self, args, grads):
-        """Gradients of all arguments, with a graph of their own: those of the reference, so that they can be differentiated again."""
+        """Gradients of all tensors, with a graph of their own: those of the reference, so that they can be differentiated again."""
         alias = list(args)  # aliases, because saved inputs that depend on each other would be counted twice
         for i in self._differentiable:
             alias[i] = None if args[i] is None else args[i].view_as(args[i])
@@ -253,7 +260,7 @@ class Op:
             [o for o, _ in pairs], [alias[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
         )
         got = dict(zip(wanted, got, strict=True))
-        return tuple(got.get(i) for i in range(len(args)))
+        return tuple(got.get(i) for i in range(self._tensors))
 
 
 _warned: set = set()

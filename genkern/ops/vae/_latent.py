@@ -21,6 +21,11 @@ def clamped(mu, log_var, low, high, soft):
     return mu, log_var if unbounded else _clamp(log_var, low, high)
 
 
+def passes(log_var, low, high, soft):
+    """Whether the gradient of z = mu + sigma eps is also that of mu: it is not clamped and no half of a tensor."""
+    return log_var is not None and not soft and low == -math.inf and high == math.inf
+
+
 def _clamp(x, low, high):
     """x.clamp(low, high) whose gradient at the bounds is one; torch's own is one or zero there, by version."""
     return torch.where(x < low, low, torch.where(x > high, high, x))
@@ -59,7 +64,7 @@ def empty_kl(mu, log_var, per_element):
 
 def check_moments(op, mu, log_var, names=("mu", "log_var")):
     """Raise in words a user understands unless (mu, log_var) is a pair of moments, or mu holds both halves."""
-    if _plain_pair(mu, log_var):
+    if plain_pair(mu, log_var):
         return
     for name, x in zip(names, (mu, log_var), strict=True):
         if x is None and name is names[1]:
@@ -76,7 +81,7 @@ def check_moments(op, mu, log_var, names=("mu", "log_var")):
         check_device(op, names[1], log_var, names[0], mu)
 
 
-def _plain_pair(mu, log_var):
+def plain_pair(mu, log_var):
     """The usual case, seen at once: at small sizes the checks are a good part of the call."""
     if not isinstance(mu, torch.Tensor) or not isinstance(log_var, torch.Tensor) or mu.dtype is not log_var.dtype:
         return False

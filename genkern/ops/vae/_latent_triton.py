@@ -109,7 +109,8 @@ def backward_kernel(
             tl.store(d_prior_mu + row * d_prior_mu_stride + column, g * pull * -1.0, mask=mask)
             to_prior = g * (stretch + q * 0.5) * -1.0
             tl.store(d_prior_log_var + row * d_prior_log_var_stride + column, to_prior, mask=mask)
-    tl.store(d_mu + row * d_mu_stride + column, to_mu * d_m, mask=mask)
+    if d_mu is not None:
+        tl.store(d_mu + row * d_mu_stride + column, to_mu * d_m, mask=mask)
     tl.store(d_log_var + row * d_log_var_stride + column, to_log_var * d_v, mask=mask)
 
 
@@ -130,10 +131,11 @@ def forward(mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bit
     return z, elements if sums is None else sums.sum(1, dtype=torch.float64).to(work)
 
 
-def backward(grad_z, grad_kl, mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, kl):
-    """Gradients of the given ones of mu, log_var, prior_mu, prior_log_var."""
+def backward(grad_z, grad_kl, mu, log_var, prior_mu, prior_log_var, key, low, high, soft, free_bits, kl, passes=False):
+    """Gradients of the given ones of mu, log_var, prior_mu, prior_log_var; passes: without that of mu."""
     inputs = mu, log_var, prior_mu, prior_log_var
-    gradients = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    wanted = (None if passes else mu, *inputs[1:])
+    gradients = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
     if mu.numel():
         grad_kl = grad_kl.unsqueeze(1) if kl == "sum" else _rows(grad_kl)
         tensors = [*_moments(*inputs[:2]), *_moments(*inputs[2:]), _rows(grad_z), grad_kl]

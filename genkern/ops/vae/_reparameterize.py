@@ -26,10 +26,11 @@ def reparameterize(mu, log_var=None, *, key=None, generator=None, clamp=None):
     float32, float64, bfloat16, float16, also mixed; computed in float32 (float64), returned in the promoted type with the shape of
     the latent. TypeError, ValueError on anything else. The noise is regenerated in the backward pass: only the key is kept.
     """
-    _latent.check_moments("reparameterize", mu, log_var)
+    if not _latent.plain_pair(mu, log_var):
+        _latent.check_moments("reparameterize", mu, log_var)
+        mu, log_var = same_precision((mu, log_var))
     low, high, soft = _latent.check_clamp("reparameterize", clamp)
     key = random.key_for("reparameterize", key, generator, mu)
-    mu, log_var = same_precision((mu, log_var))
     return _reparameterize(mu, log_var, key, low, high, soft)
 
 
@@ -85,6 +86,7 @@ _reparameterize = Op(
     reference=_reference,
     fake=lambda mu, log_var, key, low, high, soft: _latent.empty_like_mu(mu, log_var, promoted(mu, log_var)),
     differentiable=("mu", "log_var"),
+    passes=lambda mu, log_var, key, low, high, soft: _latent.passes(log_var, low, high, soft),
 )
 
 _reparameterize_kl = Op(

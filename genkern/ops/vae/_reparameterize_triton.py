@@ -1,7 +1,7 @@
 """reparameterize and reparameterize_kl in Triton: eps comes from the key in registers, in both directions, and is never stored."""
 
 from genkern.core import implements
-from genkern.ops.vae import _latent_triton
+from genkern.ops.vae import _latent, _latent_triton
 
 
 @implements("triton", "reparameterize")
@@ -11,7 +11,9 @@ def reparameterize(mu, log_var, key, low, high, soft):
 
 @implements("triton", "reparameterize_backward")
 def reparameterize_backward(grad, mu, log_var, key, low, high, soft):
-    return _latent_triton.backward(grad, None, mu, log_var, None, None, key, low, high, soft, 0.0, "")
+    return _latent_triton.backward(
+        grad, None, mu, log_var, None, None, key, low, high, soft, 0.0, "", _latent.passes(log_var, low, high, soft)
+    )
 
 
 @implements("triton", "reparameterize_kl")
