@@ -252,6 +252,8 @@ class Sampler:
         device, wide, samples, steps = x.device, dtype == torch.float64, shape[0], len(rows)
         backend, step = _sampler_step.bound(x, steps)
         given_moments = adaptive and (backend != "cpu" or self.threshold is not None)  # the CPU's step takes them itself
+        options = clip, *numbers, learned
+        plain = not (adaptive or learned) and self.clip is self.threshold is None
         absent = (None,) * (3 - max(count, self.renoise_unconditional))
         for i in _progress(range(steps), progress, name):
             m = model(model_input, times[i], **conditions)
@@ -284,10 +286,8 @@ class Sampler:
                 newest = history[-1] if history[-1] is not x else torch.empty_like(x)
             if last and doubles:  # not half of a tensor
                 out, newest = torch.empty_like(x) if newest is None else newest, None
-            step(
-                x, m, table, None, i, *past, *absent, given, draw, moments, bound, clip, *numbers, learned, out, newest,
-                None if last else input_out,
-            )  # fmt: skip
+            more = () if plain and not noisy[i] else (None, given, draw, moments, bound, *options)
+            step(x, m, table, i, *past, *absent, out, newest, None if last else input_out, *more)
             x = out
             if history:
                 history = [newest, *history[:-1]]
