@@ -263,10 +263,10 @@ void run_weighted(Arguments a, const Tensor& like) {
 }
 #endif
 
-void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps, int64_t step, MaybeTensor h1, MaybeTensor h2,
-                  MaybeTensor h3, MaybeTensor noise, MaybeTensor key, MaybeTensor moments, MaybeTensor bound, double clip,
-                  double rescale, double parallel, double max_norm, bool learned, Tensor out, MaybeTensor history_out,
-                  MaybeTensor input_out) {
+void sampler_step(Tensor x, Tensor model_output, Tensor table, int64_t step, MaybeTensor h1, MaybeTensor h2, MaybeTensor h3,
+                  Tensor out, MaybeTensor history_out, MaybeTensor input_out, MaybeTensor steps, MaybeTensor noise, MaybeTensor key,
+                  MaybeTensor moments, MaybeTensor bound, std::optional<double> clip, double rescale, double parallel,
+                  std::optional<double> max_norm, bool learned) {
   const auto rows_of = [](const MaybeTensor& t) { return t ? std::optional<Rows>(std::in_place, *t) : std::nullopt; };
   Arguments a{Rows(x),
               Rows(model_output),
@@ -279,10 +279,10 @@ void sampler_step(Tensor x, Tensor model_output, Tensor table, MaybeTensor steps
               key,
               moments,
               bound,
-              clip,
+              clip.value_or(HUGE_VAL),
               {},
               learned};
-  a.guidance = {rescale, parallel, max_norm, static_cast<double>(std::max<int64_t>(1, a.x.shape().width))};
+  a.guidance = {rescale, parallel, max_norm.value_or(HUGE_VAL), static_cast<double>(std::max<int64_t>(1, a.x.shape().width))};
   a.end = a.x.shape().rows;
 #ifdef GK_GPU
   STD_TORCH_CHECK(a.moments || !a.adaptive(), "sampler_step: adaptive guidance needs moments");

@@ -86,9 +86,9 @@ def strict(enabled=True):
 _counts: dict = {}
 
 
-def count(name, choice):
+def count(name, choice, calls=1):
     call = name, choice
-    _counts[call] = _counts.get(call, 0) + 1
+    _counts[call] = _counts.get(call, 0) + calls
 
 
 def stats():

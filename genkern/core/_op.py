@@ -103,24 +103,16 @@ class Op:
                     return apply(args[self._tensors :], *args[: self._tensors])
         return self._forward[choice](*args)
 
-    def bound(self, tensor):
-        """(backend, function): the choice for calls whose choosing argument is like this tensor, made once for all turns of a loop.
+    def bound(self, tensor, calls):
+        """(backend, function): the choice for `calls` calls whose choosing argument is like this tensor, made and counted once.
 
-        The function takes the op's arguments, eager and without gradients; calls are counted as ever.
+        The function is what runs, for a loop of eager calls without gradients.
         """
         choice, why = self._choose(tensor)
         if why is not None:
             self._slow(why)
-        function = self._forward.get(choice)
-        if function is None:
-            function = lambda *args: self._call_reference(args)
-        name, count = self.name, _backends.count
-
-        def call(*args):
-            count(name, choice)
-            return function(*args)
-
-        return choice, call
+        _backends.count(self.name, choice, calls)
+        return choice, self._forward[choice]._op if choice in self._forward else lambda *args: self._call_reference(args)
 
     # ---- choosing
 

@@ -249,18 +249,20 @@ class Sampler:
         history = [torch.zeros_like(x) for _ in range(count)] if run.early else [x] * count  # the latest first; x stands in for none
 
         # What the ops would check holds by construction, and nothing that they choose by changes between steps.
-        device = x.device
-        backend, step = _sampler_step.bound(x)
+        device, wide, samples, steps = x.device, dtype == torch.float64, shape[0], len(rows)
+        backend, step = _sampler_step.bound(x, steps)
         given_moments = adaptive and (backend != "cpu" or self.threshold is not None)  # the CPU's step takes them itself
-        samples, steps = shape[0], len(rows)
+        options = clip, *numbers, learned
+        plain = not (adaptive or learned) and self.clip is self.threshold is None
         absent = (None,) * (3 - max(count, self.renoise_unconditional))
         for i in _progress(range(steps), progress, name):
             m = model(model_input, times[i], **conditions)
-            m = m if isinstance(m, torch.Tensor) else m.sample
+            if not isinstance(m, torch.Tensor):
+                m = m.sample
             if m.shape != expected or m.device != device:
                 got = f"{tuple(m.shape)} on {m.device}"
                 raise ValueError(f"{name}.sample: the model must return {tuple(expected)} on {x.device}, got {got}")
-            if m.dtype != dtype and torch.float64 in (m.dtype, dtype):
+            if (m.dtype == torch.float64) != wide:
                 m = m.to(dtype)
             if guidance_momentum:
                 u, c = m.to(dtype).chunk(2)
@@ -284,10 +286,8 @@ class Sampler:
                 newest = history[-1] if history[-1] is not x else torch.empty_like(x)
             if last and doubles:  # not half of a tensor
                 out, newest = torch.empty_like(x) if newest is None else newest, None
-            step(
-                x, m, table, None, i, *past, *absent, given, draw, moments, bound, clip, *numbers, learned, out, newest,
-                None if last else input_out,
-            )  # fmt: skip
+            more = () if plain and not noisy[i] else (None, given, draw, moments, bound, *options)
+            step(x, m, table, i, *past, *absent, out, newest, None if last else input_out, *more)
             x = out
             if history:
                 history = [newest, *history[:-1]]

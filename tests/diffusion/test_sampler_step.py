@@ -1,6 +1,5 @@
 """sampler_step: in place, indices on the device, noise of the stream, types, refusals."""
 
-import math
 
 import pytest
 import torch
@@ -44,10 +43,7 @@ def test_x_in_half_of_the_model_input(backend):
         first, second = model_input.chunk(2)
         ops.sampler_step(**given | {"x": first, "h1": history}, step=1, out=first, history_out=history, input_out=second)
         assert torch.equal(model_input, expected) and torch.equal(history, h1)
-        _sampler_step(
-            given["x"], given["model_output"], given["table"], None, 1, given["h1"], *[None] * 6, math.inf, 0.0, 1.0, math.inf, False,
-            history, None, None,
-        )  # fmt: skip
+        _sampler_step(given["x"], given["model_output"], given["table"], 1, given["h1"], None, None, history, None, None)
     assert torch.equal(history, x)
 
 

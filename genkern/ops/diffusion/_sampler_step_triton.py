@@ -1,5 +1,7 @@
 """sampler_step in Triton: one kernel; its constants say which inputs and outputs there are."""
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -121,10 +123,14 @@ def _halves(t, x):
     return (t, None) if t is None or t.shape[0] == x.shape[0] else t.chunk(2)
 
 
+def _limit(number):
+    return lanes.real(math.inf if number is None else number)
+
+
 @implements("triton", "sampler_step")
 def sampler_step(
-    x, model_output, table, steps, step, h1, h2, h3, noise, key, moments, bound, clip, rescale, parallel, max_norm, learned,
-    out, history_out, input_out,
+    x, model_output, table, step, h1, h2, h3, out, history_out, input_out, steps=None, noise=None, key=None, moments=None,
+    bound=None, clip=None, rescale=0.0, parallel=1.0, max_norm=None, learned=False,
 ):  # fmt: skip
     if x.numel() == 0:
         return
@@ -140,8 +146,8 @@ def sampler_step(
     lanes.launch(
         step_kernel, x, rows, width,
         *tensors, *(0 if t is None else t.stride(0) for t in tensors),
-        table, steps, step, table.shape[0], None if key is None else key.to(x.device), moments, bound, lanes.real(clip),
-        lanes.real(rescale), lanes.real(parallel), lanes.real(max_norm),
+        table, steps, step, table.shape[0], None if key is None else key.to(x.device), moments, bound, _limit(clip),
+        lanes.real(rescale), lanes.real(parallel), _limit(max_norm),
         HISTORY=(h1 is not None) + (h2 is not None) + (h3 is not None),
         STEPS_STRIDE=0 if steps is None or steps.dim() == 0 else 1, DTYPE=dtype,
         KEY_STRIDE=0 if one_key else 2,
