@@ -150,10 +150,14 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
   for (auto& total : chain)
     for (int k = 0; k < F::kSums; k++) total[k] = V{};
   int64_t i = 0;
+  const bool last = column + n == job.width;
+  const auto ahead = [&](const Array& a, int64_t at) {
+    return at + kAhead + (last && at + kAhead >= n ? a.row_stride - job.width : 0);
+  };
   const auto whole = [&](int64_t at, V* total) {
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + ahead(job.in[k], at));
     job.f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
-    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
+    for (int k = 0; k < F::kOutputs; k++) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + ahead(job.out[k], at), 1);
     for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
   };
   for (; i + kChains * kCount <= n; i += kChains * kCount)
