@@ -182,16 +182,20 @@ GK_FN void run_segment(const RowJob<F>& job, int64_t row, int64_t column, int64_
     for (int k = 0; k < kChainNumbers<F>; k++) total[k] = V{};
   const F f = job.f;  // stores cannot change a copy, so that its numbers stay in registers
   int64_t i = 0;
+  const bool last = column + n == job.width;
+  const auto ahead = [&](const Array& a, int64_t at) {
+    return at + kAhead + (last && at + kAhead >= n ? a.row_stride - job.width : 0);
+  };
   const auto whole = [&](int64_t at, V* total) {
     for (int k = 0; k < F::kInputs; k++)
-      if (reads<F>(k)) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + at + kAhead);
+      if (reads<F>(k)) in_lane[k] = load<V>(in[k] + at), __builtin_prefetch(in[k] + ahead(job.in[k], at));
     if constexpr (gathers<F>) {
       f.gather(in_lane, row_in, total);
       return;
     }
     f(in_lane, row_in, has_noise<F> ? load<V>(noise + at) : V{}, out_lane, term);
     for (int k = 0; k < F::kOutputs; k++)
-      if (writes<F>(k)) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + at + kAhead, 1);
+      if (writes<F>(k)) store(out[k] + at, out_lane[k]), __builtin_prefetch(out[k] + ahead(job.out[k], at), 1);
     for (int k = 0; k < F::kSums; k++) total[k] = total[k] + term[k];
   };
   for (; i + kChains * kCount <= n; i += kChains * kCount)
@@ -244,30 +248,30 @@ const S* row_values(const Array& a, int64_t row0, int64_t rows, S* buffer) {  //
   }
   return buffer;
 }
-// `rows` rows from p on; row r takes lanes r * width and the following.
+// `count` numbers, from element i on where rows touch, else whole rows from `row` on side by side.
 template <class S>
-GK_FN typename Vector<S>::type load_rows(Strip<const S> from, int64_t row, int width, int rows) {
+GK_FN typename Vector<S>::type load_rows(Strip<const S> from, int64_t row, int64_t i, int width, int count, bool dense) {
+  if (dense || from.stride == width) return load_first(from.data + i, count, typename Vector<S>::type{});
   const S* p = from.data + row * from.stride;
   __builtin_prefetch(p + kAhead);
-  if (from.stride == width) return load_first(p, rows * width, typename Vector<S>::type{});
   typename Vector<S>::type x = load_first(p, width, typename Vector<S>::type{});
-  for (int r = 1; r < rows; r++) x = load_lanes(x, p + r * (from.stride - width), r * width, width);
+  for (int lane = width; lane < count; lane += width) x = load_lanes(x, p += from.stride - width, lane, width);
   return x;
 }
 template <class S>
-GK_FN void store_rows(Strip<S> to, int64_t row, typename Vector<S>::type x, int width, int rows) {
+GK_FN void store_rows(Strip<S> to, int64_t row, int64_t i, typename Vector<S>::type x, int width, int count, bool dense) {
+  if (dense || to.stride == width) return store_first(to.data + i, x, count);
   S* p = to.data + row * to.stride;
   __builtin_prefetch(p + kAhead, 1);
-  if (to.stride == width) return store_first(p, x, rows * width);
   store_first(p, x, width);
-  for (int r = 1; r < rows; r++) store_lanes(p + r * (to.stride - width), x, r * width, width);
+  for (int lane = width; lane < count; lane += width) store_lanes(p += to.stride - width, x, lane, width);
 }
 
 template <class F, class S>
 void run_narrow(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise, S (*buffers)[kTile]) {
   using V = typename Vector<S>::type;
-  const int width = static_cast<int>(job.width), most = Lane<V>::kCount / width;
-  const auto row_of_lane = lane_indices() / width;
+  constexpr int kCount = Lane<V>::kCount;
+  const int width = static_cast<int>(job.width), most = kCount / width;
   S* buffer = *buffers;  // a tile for each array that is not read or written in place, and for each sum
   const auto next = [&] { return (buffer += kTile) - kTile; };
   Strip<const S> in[F::kInputs + 1];
@@ -282,17 +286,27 @@ void run_narrow(const RowJob<F>& job, int64_t row0, int64_t rows, const S* noise
     out[k] = {place_of_row, place_of_row == own ? width : job.out[k].row_stride};
   }
   for (int k = 0; k < F::kSums; k++) terms[k] = next();
-  for (int64_t row = 0; row < rows; row += most) {
-    const int count = static_cast<int>(std::min<int64_t>(most, rows - row));
+  bool dense = true;  // all rows touch: a vector need not end with a row
+  for (int k = 0; k < F::kInputs; k++) dense &= in[k].stride == width;
+  for (int k = 0; k < F::kOutputs; k++) dense &= out[k].stride == width;
+  const int step = dense ? kCount : most * width;
+  int64_t row = 0;
+  int column = 0;  // where the first lane is
+  for (int64_t i = 0; i < rows * width; i += step) {
+    const int count = static_cast<int>(std::min<int64_t>(step, rows * width - i));
 #pragma GCC unroll 8
-    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_rows(in[k], row, width, count);
+    for (int k = 0; k < F::kInputs; k++) in_lane[k] = load_rows(in[k], row, i, width, count, dense);
+    const auto row_of_lane = to_int((to_float<V>(lane_indices() + column) + 0.5f) * (1.0f / width));  // after `row`
+    const int next_rows = static_cast<int>(std::min<int64_t>(kCount, rows - row));
 #pragma GCC unroll 8
-    for (int k = 0; k < F::kRowInputs; k++) row_lane[k] = pick(load_first(row_in[k] + row, count, V{}), row_of_lane);
-    job.f(in_lane, row_lane, has_noise<F> ? load<V>(noise + row * width) : V{}, out_lane, term);
+    for (int k = 0; k < F::kRowInputs; k++) row_lane[k] = pick(load_first(row_in[k] + row, next_rows, V{}), row_of_lane);
+    job.f(in_lane, row_lane, has_noise<F> ? load<V>(noise + i) : V{}, out_lane, term);
 #pragma GCC unroll 8
-    for (int k = 0; k < F::kOutputs; k++) store_rows(out[k], row, out_lane[k], width, count);
+    for (int k = 0; k < F::kOutputs; k++) store_rows(out[k], row, i, out_lane[k], width, count, dense);
 #pragma GCC unroll 8
-    for (int k = 0; k < F::kSums; k++) store_first(terms[k] + row * width, term[k], count * width);
+    for (int k = 0; k < F::kSums; k++) store_first(terms[k] + i, term[k], count);
+    row += most, column += step - most * width;
+    if (column >= width) row++, column -= width;
   }
   for (int k = 0; k < F::kOutputs; k++) {
     const Array& to = job.out[k];

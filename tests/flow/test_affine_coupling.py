@@ -145,3 +145,22 @@ def test_in_place_refuses_what_it_cannot_do():
         affine_coupling_(x, params)
     with pytest.raises(TypeError, match="the promoted type"):
         affine_coupling_(x.bfloat16(), params.detach())
+
+
+@pytest.mark.parametrize("backend", backends(op="affine_coupling"))
+def test_rows_of_any_width_do_not_depend_on_their_neighbours(backend):
+    make = Make(torch.float32)
+    for changed in range(1, 19):  # about the lanes of a vector
+        for kept in {0, 1, changed}:
+            x, params, to_y, to_log_det = make((11, kept + changed)), make((11, 2 * changed)), make((11, kept + changed)), make((11,))
+            with genkern.backend(backend):
+                together, alone = [], []
+                for rows, found in ((slice(0, 11), together), *((slice(i, i + 1), alone) for i in range(11))):
+                    leaves = [t[rows].clone().requires_grad_() for t in (x, params)]
+                    outputs = affine_coupling(*leaves, scale="tanh")
+                    in_place = x[rows].clone()
+                    affine_coupling_(in_place, params[rows], scale="tanh")
+                    found.append((*outputs, *torch.autograd.grad(outputs, leaves, (to_y[rows], to_log_det[rows])), in_place))
+            for a, b in zip(together[0], zip(*alone, strict=True), strict=True):
+                assert torch.equal(a, torch.cat(b)), (changed, kept)
+            assert torch.equal(together[0][-1], together[0][0])
