@@ -34,9 +34,9 @@ class GroupNormCall {
   GroupNormCall(const Tensor& x, const MaybeTensor& x2, const MaybeTensor& weight, const MaybeTensor& bias,
                 const MaybeTensor& pre_bias, const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
                 bool silu, int channel_dim) {
-    const Rows first(x);
-    keep_.push_back(first);
-    job.x = first.array();
+    keep_.reserve(7);
+    keep_.emplace_back(x);
+    job.x = keep_.back().array();
     job.samples = x.size(0);
     job.channels = job.channels_of_x = x.size(channel_dim);
     job.pixels = 1;
@@ -59,7 +59,7 @@ class GroupNormCall {
  private:
   Array flat(const MaybeTensor& t) {
     if (!t) return {};
-    keep_.emplace_back(torch::stable::contiguous(*t));
+    keep_.emplace_back(t->is_contiguous() ? *t : torch::stable::contiguous(*t));  // a call of the op takes longer than to ask
     return keep_.back().array();
   }
   std::vector<Rows> keep_;
@@ -122,8 +122,8 @@ void group_norm_act_out(Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTenso
 
 template <class Kernels>
 std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeTensor x2, MaybeTensor weight, MaybeTensor bias,
-                                            MaybeTensor pre_bias, MaybeTensor scale, MaybeTensor shift, int64_t groups,
-                                            double eps, bool silu) {
+                                            MaybeTensor pre_bias, MaybeTensor scale, MaybeTensor shift, int64_t groups, double eps,
+                                            bool silu) {
   GroupNormCall call(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu, Kernels::kChannelDim);
   GroupNormGradientCall back(grad, call.job);
   const GroupNormGradients& d = back.add_all(x, x2, weight, bias, pre_bias, scale, shift);

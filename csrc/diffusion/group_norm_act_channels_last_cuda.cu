@@ -1,6 +1,6 @@
-// group_norm_act on CUDA where the channels lie innermost (torch.channels_last): x is (samples, pixels, channels). A part is a run of
-// pixels of one sample, a block takes 32 neighbouring channels of it, so that a warp reads what lies together. Moments of the channels
-// of each part first, around their own rounded mean; a block per group merges them; then the map. No atomics.
+// group_norm_act on CUDA where the channels lie innermost (torch.channels_last): x is (samples, pixels, channels). A part is a run
+// of pixels of one sample, a block takes 32 neighbouring channels of it, so that a warp reads what lies together. Moments of the
+// channels of each part first, around their own rounded mean; a block per group merges them; then the map. No atomics.
 #include "group_norm_act_cuda.h"
 
 namespace gk {
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const GroupNorm job, 
   const double square = column_sum(column.sum([&](int64_t pixel) {
     const S away = u(pixel) - origin;
     return away * away;
-  }), shared);
+  }),
+                                   shared);
   if (column.first == 0 && column.there()) {
     double* const to = moments + 2 * (column.part * job.channels + column.channel);
     to[0] = static_cast<double>(origin) + rest * inverse;
@@ -94,7 +95,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double shared[kThreads];
   const int per_group = static_cast<int>(job.channels_per_group()), n = static_cast<int>(parts.count) * per_group;
   const int64_t sample = blockIdx.x / job.groups, first = blockIdx.x % job.groups * per_group;
-  const auto at = [&](int i) { return moments + 2 * ((sample * parts.count + i / per_group) * job.channels + first + i % per_group); };
+  const auto at = [&](int i) {
+    return moments + 2 * ((sample * parts.count + i / per_group) * job.channels + first + i % per_group);
+  };
   const auto count = [&](int i) {
     const int64_t left = job.pixels - i / per_group * parts.pixels;
     return static_cast<double>(left < parts.pixels ? left : parts.pixels);
@@ -174,7 +177,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t channel = first + i, row = sample * job.channels + channel;
     double all[3] = {};
     for (int64_t part = 0; part < parts.count; part++)
-      for (int j = 0; j < 3; j++) all[j] += sums[(j * job.samples + sample) * parts.count * job.channels + part * job.channels + channel];
+      for (int j = 0; j < 3; j++)
+        all[j] += sums[(j * job.samples + sample) * parts.count * job.channels + part * job.channels + channel];
     for (int j = 0; j < 3; j++) d.sums[j * rows + row] = all[j];
     const Affine<S> affine(job, row, channel);
     g += affine.a * all[0], g_xhat += affine.a * all[1];
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kThreads)
     const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * d.sums[2 * rows + row];
     put<S>(d.pre_bias, row, (Affine<S>(job, row, channel).a * d.sums[row] - of_pixels) * known[blockIdx.x].rstd);
   }
-  if (threadIdx.x == 0) known[blockIdx.x].mean_g = static_cast<S>(mean_g), known[blockIdx.x].mean_g_xhat = static_cast<S>(mean_g_xhat);
+  if (threadIdx.x == 0)
+    known[blockIdx.x].mean_g = static_cast<S>(mean_g), known[blockIdx.x].mean_g_xhat = static_cast<S>(mean_g_xhat);
 }
 
 template <class S, bool kSilu>

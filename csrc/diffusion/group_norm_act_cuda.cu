@@ -58,8 +58,11 @@ struct Statistics {
   }
 };
 
+template <class S>
+constexpr int kBlocks = sizeof(S) == 8;  // in double one on a multiprocessor is enough: no spills for the sake of occupancy
+
 template <class S, bool kSilu>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) forward_kernel(const GroupNorm job) {
   __shared__ double shared[kThreads];
   const Group<S> group(job);
   const Statistics<S> s(group, shared);
@@ -73,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job) 
 }
 
 template <class S, bool kSilu>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const GroupNorm job, const GroupNormGradients d, const int segment) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+    backward_kernel(const GroupNorm job, const GroupNormGradients d, const int segment) {
   __shared__ double shared[3][kThreads];
   const Group<S> group(job);
   const Statistics<S> s(group, shared[0]);

@@ -43,7 +43,8 @@ def group_norm_act(x, groups, weight=None, bias=None, *, eps=1e-5, pre_bias=None
     TypeError, ValueError on anything else. Differentiable to any order; only the inputs are kept for the backward pass.
     """
     if activation in (None, "silu") and _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
-        return _run(_is_channels_last(x if out is None else out), out, x, None, weight, bias, pre_bias, scale, shift, groups, float(eps), activation == "silu")
+        last = _is_channels_last(x if out is None else out)
+        return _run(last, out, x, None, weight, bias, pre_bias, scale, shift, groups, float(eps), activation == "silu")
     op = "group_norm_act"
     inputs = list(x) if isinstance(x, (list, tuple)) else [x]
     if len(inputs) not in (1, 2):
@@ -121,9 +122,11 @@ def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
     shape, device = x.shape, x.device
     if not (len(shape) >= 2 and groups > 0 and shape[1] % groups == 0):
         return False
-    of_all, of_each = shape[1:2], shape[:2]
-    for t, dims in ((weight, of_all), (bias, of_all), (pre_bias, of_each), (scale, of_each), (shift, of_each)):
-        if t is not None and not (isinstance(t, torch.Tensor) and t.shape == dims and t.dtype in _NARROW and t.device == device):
+    for t in (weight, bias):
+        if t is not None and not (isinstance(t, torch.Tensor) and t.shape == shape[1:2] and t.dtype in _NARROW and t.device == device):
+            return False
+    for t in (pre_bias, scale, shift):
+        if t is not None and not (isinstance(t, torch.Tensor) and t.shape == shape[:2] and t.dtype in _NARROW and t.device == device):
             return False
     if out is None:
         return True

@@ -59,11 +59,11 @@ def coefficients(op, x0, timesteps, table):
             check_device(op, name, t, "x0", x0)
     dtype, timesteps = working_type(x0), timesteps.to(x0.device)
     try:
-        first, *second = [t.detach().to(x0.device).to(dtype).index_select(0, timesteps) for t in tables]
+        first, *second = [t.detach().to(x0.device, dtype).index_select(0, timesteps) for t in tables]
     except IndexError:
         length, low, high = min(map(len, tables)), int(timesteps.min()), int(timesteps.max())
         raise IndexError(f"{op}: timesteps must be in 0 .. {length - 1}, the table's length, got {low} .. {high}") from None
-    return (first, second[0]) if second else (first**0.5, (1 - first) ** 0.5)
+    return (first, second[0]) if second else (first.sqrt(), torch.rsub(first, 1).sqrt_())
 
 
 def per_sample(t, like):
