@@ -16,6 +16,8 @@ import types
 import typing
 from pathlib import Path
 
+from genkern._version import __version__
+
 COMMANDS = {}
 
 
@@ -26,6 +28,9 @@ def command(function):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(__version__)
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: genkern COMMAND [options]\n")
         for name, function in COMMANDS.items():
@@ -46,11 +51,11 @@ def main(argv=None):
 @command
 def info(argv):
     """Which backends exist here, which one each op uses, and why not another (--json for machines)."""
-    parser = argparse.ArgumentParser(prog="genkern info", description=info.__doc__)
+    parser = _Parser(prog="genkern info", description=info.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    report = collect_info() if not (arguments := parser.parse_args(argv)).json else None
+    arguments, report = parser.parse_args(argv), collect_info()
     if arguments.json:
-        print(json.dumps(collect_info(), indent=1))
+        print(json.dumps(report, indent=1))
         return
     print(f"genkern {report['genkern']}, torch {report['torch']}, Python {report['python']}, {report['cpu_capability']}")
     build = report["build"]
@@ -101,16 +106,17 @@ def collect_info():
 @command
 def build(argv):
     """Compile the C++ parts for the torch that is installed here."""
-    argparse.ArgumentParser(prog="genkern build", description=build.__doc__).parse_args(argv)
+    _Parser(prog="genkern build", description=build.__doc__).parse_args(argv)
     from genkern.core import _build_info
 
-    return _build_info.rebuild()
+    with _words("build"):
+        return _build_info.rebuild()
 
 
 @command
 def verify(argv):
     """Check every kernel against its reference on this machine; on a GPU this is what switches the kernels on."""
-    parser = argparse.ArgumentParser(prog="genkern verify", description=verify.__doc__)
+    parser = _Parser(prog="genkern verify", description=verify.__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     arguments = parser.parse_args(argv)
     from genkern.testing import verify as run
@@ -143,7 +149,7 @@ def bench(argv):
 @command
 def train(argv):
     """Train a model: genkern train vae --data digits --out run [--resume] [--epochs 20 ...]; under torchrun by several processes."""
-    parser = _Parser(prog="genkern train", description=train.__doc__, allow_abbrev=False)
+    parser = _Parser(prog="genkern train", description=train.__doc__)
     parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
     parser.add_argument(
         "--data",
@@ -156,8 +162,10 @@ def train(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=_positive, metavar="STEPS", help="checkpoints within an epoch")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    if not argv or argv[0].startswith("-"):
-        parser.parse_args([a for a in argv if a in ("-h", "--help")])  # the help, or that the name is missing
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.parse_args(argv[:1])  # the help, or all that is missing
+    if argv[0].startswith("-"):
+        parser.error(f"the name of the model comes first, before {argv[0]}")
     with _words("train"):
         kind = model_class(argv[0])
     from genkern.models._base import Training
@@ -417,7 +425,10 @@ def load_run(folder, device=None):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, which says of a mistyped option which one may be meant."""
+    """argparse's, which says of a mistyped option which one may be meant and takes no part of one for it."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[a-z-]+)", message)
@@ -466,7 +477,7 @@ def _writable(out, *suffixes):
 
 
 def _run_parser(name, function):
-    parser = _Parser(prog=f"genkern {name}", description=function.__doc__, allow_abbrev=False)
+    parser = _Parser(prog=f"genkern {name}", description=function.__doc__)
     parser.add_argument("folder", help="of the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")

@@ -80,6 +80,8 @@ def load(source, *, window=None):
     """
     if window is not None:
         check_int("load", "window", window)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"load: source must be a name or a path, got {type(source).__name__}")
     path = Path(os.path.abspath(source))  # the name of the data serves from other folders too
     if str(source) in IMAGES_BUILT_IN:
         _no_windows(source, window)

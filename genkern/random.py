@@ -76,6 +76,8 @@ def draw_key(generator=None, device="cpu"):
             raise ValueError("generator= works in eager mode only; under torch.compile pass key=")
         return torch.ops.genkern._draw_key.default(device)
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {generator!r}; of a seed, pass key=genkern.random.key(seed)")
         device = generator.device
     return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
 
@@ -187,7 +189,7 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
     if not low < high:
         raise ValueError(f"truncated_normal: low must be below high, got {low} and {high}")
     check_key("truncated_normal", key)
-    shape = _size("truncated_normal", shape)
+    shape = as_size("truncated_normal", shape)
     _check_result("truncated_normal", key, shape, dtype, out, FLOATS)
     dtype = dtype if out is None else out.dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -203,7 +205,7 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     check_key(name, key)
     if type(a) is not float or type(b) is not float:
         a, b = _numbers(name, scale=a, location=b)
-    shape = _size(name, shape)
+    shape = as_size(name, shape)
     _check_result(name, key, shape, dtype, out, dtypes)
     if out is None:
         device = key.device if device is None else torch.device(device)
@@ -217,11 +219,14 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     return out
 
 
-def _size(name, shape):
+def as_size(name, shape):
     try:
-        return torch.Size((shape,) if isinstance(shape, int) else shape)
+        size = torch.Size((shape,) if isinstance(shape, int) else shape)
     except TypeError:
         raise TypeError(f"{name}: shape must be integers, got {shape!r}") from None
+    if any(n < 0 for n in size):
+        raise ValueError(f"{name}: shape must not be negative, got {tuple(size)}")
+    return size
 
 
 def _numbers(name, **values):

@@ -42,8 +42,9 @@ import torch
 
 from genkern import checkpoint, random
 from genkern._version import __version__
-from genkern.models._base import Training, is_sharded, write
-from genkern.ops._common import check_int
+from genkern.data import Data
+from genkern.models._base import Model, Training, is_sharded, write
+from genkern.ops._common import check_choice, check_int, check_number
 
 FILES = ("config.json", "model.safetensors", "last.safetensors", "run.json", "history.json")
 
@@ -60,6 +61,10 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     """
     core = getattr(model, "_orig_mod", model)
     core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
+    if not isinstance(core, Model):
+        raise TypeError(f"fit: model must be one of genkern.models, got {type(core).__name__}")
+    if not isinstance(data, Data):
+        raise TypeError(f"fit: data must be a genkern.data.Data, such as genkern.data.load() gives, got {type(data).__name__}")
     settings = _settings(core, training)
     if save_every is not None:
         check_int("fit", "save_every", save_every)
@@ -287,24 +292,21 @@ class _Swapped:
 
 
 def _settings(model, training):
-    defaults = getattr(model, "defaults", Training())
     known = {field.name for field in dataclasses.fields(Training)}
     if unknown := sorted(training.keys() - known):
         raise TypeError(f"fit: no setting {', '.join(unknown)}; Training has {', '.join(sorted(known))}")
-    s = dataclasses.replace(defaults, **training)
-    checks = {
-        "epochs": s.epochs >= 1,
-        "batch_size": s.batch_size >= 1,
-        "learning_rate": s.learning_rate >= 0,
-        "warmup": s.warmup >= 0,
-        "schedule": s.schedule in ("constant", "cosine"),
-        "clip_grad_norm": s.clip_grad_norm is None or s.clip_grad_norm > 0,
-        "ema": s.ema is None or 0 <= s.ema < 1,
-        "precision": s.precision in ("float32", "bfloat16"),
-    }
-    for name, good in checks.items():
-        if not good:
-            raise ValueError(f"fit: {name} cannot be {getattr(s, name)!r}")
+    s = dataclasses.replace(model.defaults, **training)
+    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0)):
+        check_int("fit", name, getattr(s, name), least)
+    for name in ("learning_rate", "weight_decay", "clip_grad_norm", "ema"):
+        if (value := getattr(s, name)) is not None:
+            check_number("fit", name, value)
+            if not 0 <= value < (1 if name == "ema" else math.inf):
+                raise ValueError(f"fit: {name} must be at least 0{' and below 1' if name == 'ema' else ''}, got {value!r}")
+    if s.clip_grad_norm == 0:
+        raise ValueError("fit: clip_grad_norm must be positive, got 0: no weight would ever change")
+    check_choice("fit", "schedule", s.schedule, ("constant", "cosine"))
+    check_choice("fit", "precision", s.precision, ("float32", "bfloat16"))
     return s
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from genkern import nn, ops, random
+from genkern import data, models, nn, ops, random, samplers
 from genkern.random import key
+from genkern.train import fit
 
 
 def r(*shape):
@@ -177,6 +178,36 @@ def network(width):
     ],
 )
 def test_layers_refuse_in_words(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()
+
+
+VAE, CLASSES = models.VAEConfig(levels=16, width=4, hidden=8, latent=2), dict(classes=3, levels=16, width=4, hidden=8, latent=2)
+IMAGES, DDIM = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), samplers.by_name("ddim", samplers.Schedule.cosine(), 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: random.normal(KEY, (-3,)), "shape must not be negative"),
+        (lambda: random.draw_key(42), "generator must be a torch.Generator, got 42"),
+        (lambda: samplers.by_name("ddim", 20), "schedule must be a Schedule"),
+        (lambda: samplers.DDIM(20), "DDIM: schedule must be a Schedule"),
+        (lambda: samplers.Schedule.linear(-5), "timesteps must be an int of at least 2, got -5"),
+        (lambda: DDIM.sample(lambda x, t: None, (2, 3), key=KEY), "the model must return a tensor"),
+        (lambda: DDIM.sample(lambda x, t: x, "23", key=KEY), "DDIM.sample: shape must be integers"),
+        (lambda: models.VAE(VAE).decode(r(2, 3)), r"VAE: latents must be \(N, 2\), got \(2, 3\)"),
+        (lambda: models.ConditionalVAE(models.ConditionalVAEConfig(**CLASSES))(IMAGES), "3 classes needs labels"),
+        (lambda: models.ConditionalVAE(models.ConditionalVAEConfig(**CLASSES)).sample(2, labels=3), r"must be in 0\.\.2"),
+        (lambda: models.VAE(VAE).sample(2, labels=1), "unexpected keyword argument 'labels'"),
+        (lambda: models.NICE(models.NICEConfig(shape=(2,))).sample(2, temperature="hot"), "temperature must be a number"),
+        (lambda: models.NICE(models.NICEConfig(shape=(2,))).sample(2, temperature=-1), "temperature must not be negative"),
+        (lambda: data.load(None), "source must be a name or a path, got NoneType"),
+        (lambda: fit(torch.nn.Linear(2, 2), None), "model must be one of genkern.models, got Linear"),
+        (lambda: fit(models.VAE(VAE), IMAGES), "data must be a genkern.data.Data"),
+    ],
+)
+def test_models_samplers_and_training_refuse_in_words(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         make()
 

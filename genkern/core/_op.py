@@ -267,7 +267,11 @@ def _warn_once(why):
 
 
 def explain(name, *args):
-    """Why a fast path is not taken for these (positional, raw) arguments of op `name`: a list of sentences, empty if it is."""
+    """Why a fast path is not taken for these (positional, raw) arguments of an op: a list of sentences, empty if it is.
+
+    name: of the op, or the function of genkern.ops that has it.
+    """
+    name = getattr(name, "__name__", name)
     if name not in OPS:
         close = difflib.get_close_matches(str(name), OPS, 1)
         raise ValueError(f"explain: no op {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; ops are {', '.join(OPS)}"))

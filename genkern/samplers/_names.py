@@ -4,7 +4,7 @@ import difflib
 import inspect
 
 from genkern.samplers import _samplers as s
-from genkern.samplers._sampler import Sampler
+from genkern.samplers._sampler import Sampler, check_schedule
 
 # name: the classes that answer to it, of which the first that serves the schedule is taken, and their settings
 SAMPLERS = {
@@ -31,6 +31,7 @@ def by_name(name, schedule, steps=20, **options):
         close = difflib.get_close_matches(str(name).lower().replace("-", "_"), SAMPLERS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"the names are {', '.join(SAMPLERS)}"
         raise ValueError(f"sampler: no sampler {name!r}; {hint}")
+    check_schedule("sampler", schedule)
     kinds, settings = SAMPLERS[name]
     kind = next((kind for kind in kinds if schedule.kind in kind.kinds), None)
     if kind is None:

@@ -9,7 +9,7 @@ import torch
 from genkern import random
 from genkern.ops.diffusion._sampler_step import _dynamic_threshold, _sampler_step
 from genkern.ops.diffusion._sampler_step_moments import _guidance_moments
-from genkern.samplers._schedule import Grid
+from genkern.samplers._schedule import Grid, Schedule
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Sampler:
         threshold=None, threshold_max=1.0,
     ):  # fmt: skip
         name = type(self).__name__
+        check_schedule(name, schedule)
         if schedule.kind not in self.kinds:
             raise ValueError(f"{name}: serves schedules that are {' or '.join(self.kinds)}, got {schedule.kind}")
         if clip is not None and not clip > 0:
@@ -183,7 +184,7 @@ class Sampler:
             if given is None:
                 raise ValueError(f"{name}.sample: give shape, start or image")
             shape = given.shape
-        shape = torch.Size(shape)
+        shape = random.as_size(f"{name}.sample", shape)
         if given is not None and given.shape != shape:
             raise ValueError(f"{name}.sample: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
         if mask is not None and image is None:
@@ -258,7 +259,9 @@ class Sampler:
         for i in _progress(range(steps), progress, name):
             m = model(model_input, times[i], **conditions)
             if not isinstance(m, torch.Tensor):
-                m = m.sample
+                m = getattr(m, "sample", m)
+            if not isinstance(m, torch.Tensor):
+                raise TypeError(f"{name}.sample: the model must return a tensor, or it as .sample, got {type(m).__name__}")
             if m.shape != expected or m.device != device:
                 got = f"{tuple(m.shape)} on {m.device}"
                 raise ValueError(f"{name}.sample: the model must return {tuple(expected)} on {x.device}, got {got}")
@@ -319,6 +322,11 @@ class Sampler:
                 f"sample: conditions and unconditional must have the same names, got {set(conditions) ^ set(unconditional)}"
             )
         return {n: torch.cat([unconditional[n], c]) if isinstance(c, torch.Tensor) else c for n, c in conditions.items()}
+
+
+def check_schedule(name, schedule):
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{name}: schedule must be a Schedule, such as Schedule.cosine(), got {type(schedule).__name__}")
 
 
 def _progress(steps, wanted, name):

@@ -63,22 +63,26 @@ class Schedule:
     @classmethod
     def linear(cls, timesteps=1000, start=1e-4, end=0.02, **kwargs):
         """beta from start to end (Ho et al., 2020, section 4)."""
+        check_int("Schedule.linear", "timesteps", timesteps, 2)
         return cls.from_betas(np.linspace(start, end, timesteps), **kwargs)
 
     @classmethod
     def scaled_linear(cls, timesteps=1000, start=0.00085, end=0.012, **kwargs):
         """sqrt(beta) linear, as in latent diffusion (Rombach et al., 2022) and Stable Diffusion."""
+        check_int("Schedule.scaled_linear", "timesteps", timesteps, 2)
         return cls.from_betas(np.linspace(start**0.5, end**0.5, timesteps) ** 2, **kwargs)
 
     @classmethod
     def cosine(cls, timesteps=1000, offset=0.008, **kwargs):
         """alphas_cumprod = cos^2((t / T + s) / (1 + s) pi / 2), beta at most 0.999 (Nichol & Dhariwal, 2021, eq. 17)."""
+        check_int("Schedule.cosine", "timesteps", timesteps, 2)
         bar = np.cos((np.arange(timesteps + 1) / timesteps + offset) / (1 + offset) * np.pi / 2) ** 2
         return cls.from_betas(np.minimum(1 - bar[1:] / bar[:-1], 0.999), **kwargs)
 
     @classmethod
     def sigmoid(cls, timesteps=1000, start=1e-4, end=0.02, **kwargs):
         """beta from start to end along a sigmoid of [-6, 6] (GeoDiff, Xu et al., 2022)."""
+        check_int("Schedule.sigmoid", "timesteps", timesteps, 2)
         return cls.from_betas(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, timesteps))), **kwargs)
 
     @classmethod

@@ -5,6 +5,7 @@ Before a case is timed its check must pass, and stats() must show that the named
 """
 
 import argparse
+import difflib
 import itertools
 import json
 import os
@@ -293,7 +294,11 @@ def _counts(text):
 
 
 def _read(path):
-    return json.loads(pathlib.Path(path).read_text())
+    try:
+        run = json.loads(pathlib.Path(path).read_text())
+        return run | {"results": run["results"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no result of genkern bench --json") from None
 
 
 def main(argv=None):
@@ -327,7 +332,10 @@ def main(argv=None):
     known = [*DRAWS, *cases]
     unknown = [name for name in arguments.ops if name not in known]
     if unknown:
-        parser.error(f"no op {unknown[0]!r}; benched are {', '.join(known)}")
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        parser.error(f"no op {unknown[0]!r}; " + (f"did you mean {close[0]!r}?" if close else f"benched are {', '.join(known)}"))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda cannot be used here: torch sees no GPU")
     wrong = [text for text in arguments.shape or () if not all(size.isdecimal() for size in text.split("x"))]
     if wrong or arguments.rounds < 2:
         parser.error(f"--shape must be such as 256x4096, got {wrong[0]}" if wrong else "needs --rounds 2 at least")

@@ -28,6 +28,10 @@ def run(tmp_path_factory):
     ("command", "words"),
     [
         ("train vae --data digits --out RUN/x --epoch 3", "did you mean --epochs?"),
+        ("train vae --data digits --out RUN/x --epochs 0", "epochs must be an int of at least 1, got 0"),
+        ("train vae --data digits --out RUN/x --schedule cos", "schedule must be one of 'constant', 'cosine'"),
+        ("train vae --data digits --out RUN/x --learning-rate -1", "learning_rate must be at least 0"),
+        ("train --data digits vae --out RUN/x", "the name of the model comes first, before --data"),
         ("train vae --data digits --out RUN/x --save-every 0", "must be at least 1"),
         ("train vae --data digits --out RUN/x --device cudda", "--device cudda cannot be used here"),
         ("sample RUN --device gpu", "--device gpu cannot be used here"),
@@ -42,6 +46,9 @@ def run(tmp_path_factory):
         ("verify --device tpu", "invalid choice: 'tpu'"),
         ("bench gaussian_kl --shape 4xq", "such as 256x4096, got 4xq"),
         ("bench gaussian_kl --rounds 1", "--rounds 2"),
+        ("bench gausian_kl", "did you mean 'gaussian_kl'?"),
+        ("bench plot RUN/config.json RUN/x.png", "config.json is no result of genkern bench --json"),
+        ("info --jsn", "did you mean --json?"),
         ("bench compare RUN/nothing.json RUN/nothing.json", "No such file"),
     ],
 )

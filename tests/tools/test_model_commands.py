@@ -143,7 +143,8 @@ def test_help_and_a_missing_name(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "toy-images", "--help"])
     assert caught.value.code == 0 and "--learning-rate X" in (out := capsys.readouterr().out) and "--scale X" in out
-    assert "required: name" in refused(capsys, "train", "--data", "digits")
+    assert "required: name" in refused(capsys, "train")
+    assert "the name of the model comes first" in refused(capsys, "train", "--data", "digits")
 
 
 def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
@@ -151,9 +152,13 @@ def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     assert "did you mean 'toy-images'?" in refused(capsys, "train", "toy-imges", "--data", "digits", "--out", out)
     assert "did you mean 'digits'?" in refused(capsys, "train", "toy-images", "--data", "digit", "--out", out)
     assert "invalid int value: 'x'" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "x")
-    assert "epochs cannot be 0" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "0")
+    assert "epochs must be an int of at least 1, got 0" in refused(
+        capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "0"
+    )
     assert "--bananas" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--bananas", "3")
-    assert "schedule cannot be 'x'" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--schedule", "x")
+    assert "schedule must be one of 'constant', 'cosine', got 'x'" in refused(
+        capsys, "train", "toy-images", "--data", "digits", "--out", out, "--schedule", "x"
+    )
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", tmp_path / "file")
     np.save(tmp_path / "x.npy", np.zeros((10, 8, 8), np.uint8))

@@ -77,11 +77,11 @@ def test_saved_here_and_loaded_in_another_process(tmp_path):
     "settings, error, words",
     [
         ({"epoch": 3}, TypeError, "no setting epoch; Training has batch_size"),
-        ({"batch_size": 0}, ValueError, "batch_size cannot be 0"),
-        ({"ema": 1.0}, ValueError, "ema cannot be 1.0"),
-        ({"precision": "float16"}, ValueError, "precision cannot be 'float16'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
+        ({"ema": 1.0}, ValueError, "ema must be at least 0 and below 1, got 1.0"),
+        ({"precision": "float16"}, ValueError, "precision must be one of .float32., .bfloat16., got .float16."),
         ({"resume": True}, ValueError, "needs the folder"),
-        ({"save_every": 0}, ValueError, "save_every must be positive"),
+        ({"save_every": 0}, ValueError, "save_every must be an int of at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_refused_in_words(settings, error, words):

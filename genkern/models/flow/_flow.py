@@ -13,7 +13,7 @@ from torch import nn
 
 from genkern import ops, random
 from genkern.models._base import Model, Output, check_tensor, class_labels
-from genkern.ops._common import check_int
+from genkern.ops._common import check_int, check_number
 
 TRANSFORMS = ("center", "logit")
 _ALPHA = 0.05  # logit(alpha + (1 - 2 alpha) v): what keeps the ends finite
@@ -120,6 +120,9 @@ class FlowModel(Model):
         Each has its own key, so sample i depends on (key, i), not on n or batch_size (up to the rounding of sums).
         """
         keys = self.sample_keys(n, key, generator, batch_size)
+        check_number(type(self).__name__, "temperature", temperature)
+        if temperature < 0:
+            raise ValueError(f"{type(self).__name__}: temperature must not be negative, got {temperature}")
         context = self._context(labels, context, n)
         samples = []
         for start in range(0, max(n, 1), batch_size):

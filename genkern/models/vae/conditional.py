@@ -42,10 +42,10 @@ class ConditionalVAE(VAE):
     def _code_size(self):
         return self.config.latent + self.config.classes
 
-    def _moments(self, x, *, labels):
+    def _moments(self, x, *, labels=None):
         return self.encoder(x + self.label_image(self._checked(labels, len(x))).view(x.shape))
 
-    def _code(self, z, *, labels):
+    def _code(self, z, *, labels=None):
         labels = self._checked(labels, len(z))
         return torch.cat([z, F.one_hot(labels, self.config.classes).to(z.dtype)], 1)
 

@@ -90,6 +90,8 @@ class VAE(Model):
 
     def decode(self, z, **conditions):
         """The mean image of p(x|z), float in [-1, 1]."""
+        if z.shape[1:] != (self.config.latent,):
+            raise ValueError(f"{type(self).__name__}: latents must be (N, {self.config.latent}), got {tuple(z.shape)}")
         raw = self.decoder(self._code(z, **conditions))
         return 2 * torch.sigmoid(raw) - 1 if self.config.likelihood == "bernoulli" else raw.clamp(-1, 1)
 
@@ -102,7 +104,9 @@ class VAE(Model):
         """
         keys = self.sample_keys(n, key, generator, batch_size)
         batches = range(0, max(n, 1), batch_size)
-        rows = [{name: values[i : i + batch_size] for name, values in conditions.items()} for i in batches]
+        of_all = lambda values: not isinstance(values, torch.Tensor) or values.dim() == 0
+        cut = lambda values, i: values if of_all(values) else values[i : i + batch_size]
+        rows = [{name: cut(values, i) for name, values in conditions.items()} for i in batches]
         images = [self.decode(self._prior(keys[i : i + batch_size]), **row) for i, row in zip(batches, rows, strict=True)]
         return self._levels(torch.cat(images))
 
