@@ -25,8 +25,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// A new contiguous tensor on the device of another one. torch::stable::new_empty looks its operator up by name, and new_empty itself
-// goes through the dispatcher: either takes longer than the allocation.
+// A new contiguous tensor on the device of another one. torch::stable::new_empty looks its operator up by name, and new_empty
+// itself goes through the dispatcher: either takes longer than the allocation.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> type = {}) {
   int32_t dtype, device_type, device_index;
   if (type)

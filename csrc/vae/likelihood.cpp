@@ -7,20 +7,24 @@ namespace {
 
 // ---- functors. in: parameters, then the data; row: the gradient of the sample's sum
 
-struct BernoulliNll {  // softplus(l) - x l
+struct BernoulliNll {  // softplus(l) - x l = (max(l, 0) - x l) + ln(1 + e), e = e^-|l|: nothing is lost where x is sure of l
   static constexpr int kInputs = 2, kRowInputs = 0, kOutputs = 0, kSums = 1;
   NoNoise noise;
   template <class V>
   GK_FN void operator()(const V* in, const V*, V, V*, V* term) const {
-    term[0] = fma(-in[1], in[0], softplus(in[0]));
+    term[0] = linear(in) + log1p_of_unit(exp_of_negative(minus_magnitude(in[0])));
   }
-  // softplus(l) = max(l, 0) + ln(1 + e), e = e^-|l|; and a sum of logarithms is one of a product, kept as its distance from 1: all
-  // terms are positive, so it is as exact for the smallest e as for the largest. 64 factors of at most 2 do not overflow.
+  template <class V>
+  GK_FN V linear(const V* in) const {
+    return fma(-in[1], in[0], not_below(in[0], 0));
+  }
+  // A sum of logarithms is one of a product, kept as its distance from 1: all terms are positive, so it is as exact for the
+  // smallest e as for the largest. 64 factors of at most 2 do not overflow.
   static constexpr int kGathered = 2;
   template <class V>
   GK_FN void gather(const V* in, const V*, V* chain) const {
     const V e = exp_of_negative(minus_magnitude(in[0]));
-    chain[0] = chain[0] + fma(-in[1], in[0], not_below(in[0], 0));
+    chain[0] = chain[0] + linear(in);
     chain[1] = fma(chain[1], e, chain[1] + e);
   }
   template <class V>

@@ -66,6 +66,17 @@ def test_extreme_logits(backend):
         assert bernoulli_nll(logits, x).item() == pytest.approx(200, abs=1e-4)
 
 
+@pytest.mark.parametrize("backend", backends(op="bernoulli_nll"))
+def test_small_terms_keep_their_digits(backend):
+    """Pixels that are nearly certain: each term is e^-|l|, below the rounding of 1, and not lost beside l or 1."""
+    size = torch.linspace(0, 80, 5)[:, None] + torch.rand(5, 1031)
+    logits, x = torch.cat([size, -size]), torch.cat([torch.ones_like(size), torch.zeros_like(size)])
+    with genkern.backend(backend):
+        nll = bernoulli_nll(logits, x)
+    expected = torch.log1p(torch.exp(-logits.double().abs())).sum(1)
+    torch.testing.assert_close(nll.double(), expected, rtol=2e-6, atol=0)
+
+
 def test_data_that_needs_a_gradient_gets_it():
     x = torch.full((2, 3), 0.2, requires_grad=True)
     logits = torch.randn(2, 3, requires_grad=True)

@@ -30,7 +30,7 @@ def forward_kernel(
     if SECOND:
         second = lanes.load(v, v_stride, row, column, mask, DTYPE)
     if DENSITY == "bernoulli":
-        value = lanes.softplus(p) - p * target
+        value = (tl.where(p < 0, 0.0, p) - p * target) + lanes.softplus(tl.abs(p) * -1.0)  # as softplus(p) - p x, with nothing lost
     elif DENSITY == "gaussian":
         twice = (target - p) * (target - p)
         if SECOND:
