@@ -117,23 +117,23 @@ class ActNormConv1x1(nn.Module):
 
     def forward(self, x, log_det=None, context=None, prepared=None):
         self.norm.see(x)
-        return self._product(x, log_det, prepared or ops.plu_weight(*self.factors()))
+        return self._product(x, log_det, *(prepared or ops.plu_weight(*self.factors())))
 
     def inverse(self, y, log_det=None, context=None, prepared=None):
-        return self._product(y, log_det, prepared or ops.plu_weight(*self.factors(), inverse=True))
+        return self._product(y, log_det, *(prepared or ops.plu_weight(*self.factors(), inverse=True)))
 
     def factors(self):
         """The arguments of genkern.ops.plu_weight."""
         return *self.conv.factors(), self.norm.log_scale, self.norm.shift
 
-    def _product(self, x, log_det, prepared):
-        weight, bias, log_abs_det = prepared
+    def _product(self, x, log_det, weight, bias, log_abs_det=0):
         return ops.invertible_conv1x1(x, weight, bias, log_abs_det=log_abs_det, log_det=log_det)
 
     @staticmethod
     def prepare(layers, inverse=False):
-        """{layer: {"prepared": (weight, bias, log_abs_det)}}, what a call of each of the layers of this class takes: those of one size
-        in one batch. The others are left out, and so are layers whose first batch is still to come."""
+        """{layer: {"prepared": (weight, bias)}}, what a call of each of the layers of this class takes: those of one size in one batch,
+        the first of which also gets their log_abs_det all together, since layers of a sequence with as many channels have as many
+        positions. The others are left out, and so are layers whose first batch is still to come."""
         sizes, found = {}, {}
         for layer in layers:
             if isinstance(layer, ActNormConv1x1) and (inverse or layer.norm.settled()):
@@ -141,8 +141,10 @@ class ActNormConv1x1(nn.Module):
                 sizes.setdefault((weight.shape, weight.dtype, weight.device), []).append(layer)
         for same in sizes.values():
             batch = [torch.stack(parts) for parts in zip(*(layer.factors() for layer in same), strict=True)]
-            prepared = zip(*(part.unbind() for part in ops.plu_weight(*batch, inverse=inverse)), strict=True)
-            found.update((layer, {"prepared": p}) for layer, p in zip(same, prepared, strict=True))
+            weights, biases, log_abs_dets = ops.plu_weight(*batch, inverse=inverse)
+            prepared = zip(same, weights.unbind(), biases.unbind(), strict=True)
+            found.update((layer, {"prepared": (weight, bias)}) for layer, weight, bias in prepared)
+            found[same[0]]["prepared"] += (log_abs_dets.sum(),)
         return found
 
 

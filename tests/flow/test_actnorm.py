@@ -68,6 +68,8 @@ def test_weights_of_a_level_in_one_batch_with_actnorm_folded_in():
         y, got = invertible_conv1x1(x, folded[k], bias[k], log_abs_det=log_abs_det[k])
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(got, log_det)
+        assert torch.equal(invertible_conv1x1(x, folded[k], bias[k], log_abs_det=0, log_det=log_det)[1], log_det)  # counted elsewhere
+        assert torch.equal(invertible_conv1x1(x, folded[k], bias[k], log_abs_det=0)[1], torch.zeros(2, dtype=torch.float64))
     for rest in ((), (log_scale, shift)):
         there, b, log_abs_det = plu_weight(*factors, *rest)
         back, c, negative = plu_weight(*factors, *rest, inverse=True)

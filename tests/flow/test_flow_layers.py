@@ -219,8 +219,9 @@ def test_actnorm_and_convolution_in_one_product():
 
 def test_weights_of_a_sequence_are_prepared_in_one_batch(monkeypatch):
     torch.manual_seed(0)
-    sequence = InvertibleSequence([layer for _ in range(3) for layer in (ActNormConv1x1(4), Flip())]).double()
-    x = torch.randn(7, 4, 2, 2, dtype=torch.float64)
+    layers = [layer for _ in range(3) for layer in (ActNormConv1x1(4), Flip())]
+    sequence = InvertibleSequence([*layers, Squeeze(), ActNormConv1x1(16), ActNormConv1x1(16)]).double()
+    x = torch.randn(29, 4, 4, 2, dtype=torch.float64)
     sequence(x)  # the first batch
     y, log_det = x, None
     for layer in sequence.layers:
@@ -229,7 +230,7 @@ def test_weights_of_a_sequence_are_prepared_in_one_batch(monkeypatch):
     monkeypatch.setattr(genkern.ops, "plu_weight", lambda *a, **options: calls.append(a[0].shape) or plu_weight(*a, **options))
     got = sequence(x)
     back, rest = sequence.inverse(*got)
-    assert calls == [(3, 4, 4)] * 2
+    assert calls == [(3, 4, 4), (2, 16, 16)] * 2
     for one, other in zip((*got, back, rest), (y, log_det, x, torch.zeros_like(rest)), strict=True):
         torch.testing.assert_close(one, other)
     wanted = torch.autograd.grad(y.sin().sum() + log_det.sum(), list(sequence.parameters()))

@@ -15,7 +15,7 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
     x           (N, C, ...)
     weight      (C, C) W
     bias        (C,) b, or None: such as an actnorm folded in by `plu_weight`
-    log_abs_det () log |det W| where it is known; None: computed by torch.linalg.slogdet
+    log_abs_det () log |det W| where it is known; None: computed by torch.linalg.slogdet; 0: counted elsewhere, log_det stays as it is
     inverse     x from y: W^-1 (y - b), W inverted once for all samples; log_det is that of this map
     log_det     None, or (N,): a running log-determinant to which this one is added
 
@@ -29,6 +29,8 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
         raise ValueError(f"{_NAME}: x must be (N, C, ...), got shape {tuple(x.shape)}")
     check_shape(_NAME, "weight", weight, (x.shape[1], x.shape[1]), "(C, C)")
     check_device(_NAME, "weight", weight, "x", x)
+    counted = not isinstance(log_abs_det, torch.Tensor) and log_abs_det == 0
+    log_abs_det = None if counted else log_abs_det
     for name, tensor, shape, meaning in (
         ("bias", bias, x.shape[1:2], "(C,)"),
         ("log_abs_det", log_abs_det, (), "()"),
@@ -41,7 +43,7 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
     dtype = promoted(x, weight, bias)
     x, weight, bias, log_abs_det = in_working_type(x, weight, bias, log_abs_det)
     with torch.autocast(x.device.type, enabled=False):
-        if log_abs_det is None:
+        if log_abs_det is None and not counted:
             log_abs_det = torch.linalg.slogdet(weight)[1]
         if inverse:
             weight = torch.linalg.inv(weight)
@@ -56,6 +58,8 @@ def invertible_conv1x1(x, weight, bias=None, *, log_abs_det=None, inverse=False,
             y = torch.bmm(weight.expand(n, -1, -1), x.flatten(2))
         else:
             y = torch.baddbmm(bias[:, None], weight.expand(n, -1, -1), x.flatten(2))
+        if counted:
+            return y.reshape(x.shape).to(dtype), x.new_zeros(n) if log_det is None else log_det
         own = log_abs_det.expand(n)
         positions = -positions if inverse else positions
         own = own * positions if log_det is None else torch.add(log_det, own, alpha=positions)
