@@ -30,9 +30,9 @@ struct FromLine {  // memory that begins with a cache line: a vector that lies i
   S* allocate(size_t count) { return static_cast<S*>(::operator new(count * sizeof(S), std::align_val_t(64))); }
   void deallocate(S* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
   template <class T>
-  void construct(T* p) {
+  void construct(T* p) {  // not set to zero
     ::new (static_cast<void*>(p)) T;
-  }  // unset
+  }
   template <class T>
   void construct(T* p, const T& value) {
     ::new (static_cast<void*>(p)) T(value);
@@ -121,7 +121,8 @@ void rows_of_columns(const Weights<S>& weights, int64_t first, int64_t second, c
             finish.activation == Activation::kSilu ? silu(total[o][j]) : total[o][j]);
 }
 
-// All outputs of `count` columns, rounded up to vectors; x (depth, kColumns of the tile). Half of gated outputs: whole kHalf.
+// All outputs of `count` columns, rounded up to vectors; x (depth, kColumns of the tile). The half of
+// gated outputs must be a multiple of kHalf.
 template <class S>
 void product_of_tile(const Weights<S>& weights, const S* x, int64_t count, const Finish<S>& finish) {
   constexpr int kCount = Tile<S>::kCount, kHalf = Tile<S>::kRows / 2;
