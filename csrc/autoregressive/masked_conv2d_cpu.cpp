@@ -1,4 +1,5 @@
-// masked_conv2d on the CPU: a direct convolution over the live taps alone, with lanes over pixels.
+// masked_conv2d on the CPU: a direct convolution over the live taps alone, with lanes over outputs, or, for outputs that fill no
+// vector, over pixels; both form the same sums.
 //
 // A plane is a channel of an image whose rows are `columns` zeros longer, with `columns` zeros before the first: row after row it
 // is one sequence, in which every tap is a fixed distance, whatever the width. Results between two rows are dropped. An output is
