@@ -1,7 +1,9 @@
-// masked_conv2d on the CPU: a direct convolution over the live taps alone, with lanes over pixels.
+// masked_conv2d on the CPU: a direct convolution over the live taps alone, with lanes over outputs, or, for outputs that fill no
+// vector, over pixels; both form the same sums.
 //
 // A plane is a channel of an image whose rows are `columns` zeros longer, with `columns` zeros before the first: row after row it
-// is one sequence, in which every tap is a fixed distance, whatever the width. Results between two rows are dropped. An output is
+// is one sequence, in which every tap is a fixed distance, whatever the width. Results between two rows are dropped. Where lanes
+// are over outputs, the same row of all channels lies together, for they are read one after the other. An output is
 // its bias, then, in raster order of the taps, the sums over kChain terms each, every one a chain of fused multiply-adds: its bits
 // depend on nothing else. The gradient to x is the same convolution with the taps reflected and inputs and outputs exchanged.
 #include "rows.h"
@@ -137,8 +139,8 @@ struct Job {
   std::vector<Block> wide, narrow;
   std::vector<typename Vector<S>::type> wide_weights;  // aligned
   std::vector<S> weights;
-  std::vector<int> parts;  // of a line of pixels
-  std::vector<int64_t> steps[2];
+  std::vector<int> parts;         // of a line of pixels
+  std::vector<int64_t> steps[2];  // where the weights of a chain's terms lie, for blocks of one vector and of two
 };
 
 // Lines of pixels of a wide block: lanes over outputs, which wastes none of them on the zeros between lines.

@@ -118,6 +118,29 @@ def test_the_future_does_not_reach_the_past(mask_type, colors, layout):
     assert_autoregressive(layer, torch.randn(1, 3, 5, 6), **options)
 
 
+@each_mask
+def test_many_outputs(mask_type, colors, layout):
+    """More than fill a kernel's vectors, and some beyond, on a width of several tiles: values, gradients, bits, the future."""
+    torch.manual_seed(0)
+    outputs = 3 * 51 if colors == 3 else 61  # 32 + 16 + 2 + 1 a colour; 32 + 16 + 8 + 4 + 1
+    shapes, options = ((2, 6, 4, 31), (outputs, 6, 5, 3), (outputs,)), {"mask_type": mask_type, "colors": colors, "layout": layout}
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y = ops.masked_conv2d(*leaves, **options)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = F.conv2d(wide[0], wide[1] * mask_of(wide[1], mask_type, colors, layout), wide[2], padding=(2, 1))
+    upstream = torch.randn(y.shape)
+    got = [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+    for a, b in zip(got, [expected, *torch.autograd.grad(expected, wide, upstream.double())], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=3e-5)
+    x, weight, bias = (t.detach() for t in leaves)
+    few = slice(0, None, outputs // colors) if layout == "grouped" else slice(0, colors)  # outputs alone take another kernel
+    assert torch.equal(ops.masked_conv2d(x, weight[few], bias[few], **options), got[0][:, few])
+    layer = lambda x: ops.masked_conv2d(x, weight, bias, **options)
+    assert torch.equal(layer(x[1:, :, :3]), got[0][1:, :, :3])
+    one = torch.randn(1, 6, 2, 17)
+    assert_autoregressive(layer, one, order="raster", colors=colors, layout=layout, strict=mask_type == "A", cuts=5)
+
+
 def test_a_stack_with_gates_is_autoregressive():
     torch.manual_seed(0)
     for layout in ("grouped", "interleaved"):

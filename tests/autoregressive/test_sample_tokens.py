@@ -6,6 +6,7 @@ import torch
 import genkern
 from genkern import core
 from genkern.ops import sample_tokens
+from genkern.testing import backends
 
 BACKENDS = ["reference"] + ["cpu"] * (core.OPS["sample_tokens"].available("cpu")["cpu"] is None)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -112,6 +113,36 @@ def test_rows_without_a_distribution_are_refused(backend, value):
         for temperature in (0, 1):
             with pytest.raises(ValueError, match="row 2"):
                 sample_tokens(x, temperature=temperature)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends(op="sample_tokens") if b not in ("cpu", "reference")])
+def test_gpu_kernels_draw_as_the_reference(backend):
+    """Ties, forbidden and improbable tokens, a certain one, many blocks, and what the filters leave of them."""
+    x = logits(6, 300)
+    x[1] = torch.tensor([2.0, 1.0, 0.0]).repeat(100)
+    x[2], x[2, 7], x[2, 9], x[2, 3] = -math.inf, 0.0, 1.0, -200.0
+    x[3, 44] = 500.0
+    u = torch.tensor([0.37, 0.903, 0.0, 0.5, 1 - 2**-24, 0.77])
+    settings = (
+        {"temperature": 0.0},
+        {"temperature": 0.3, "top_k": 10},
+        {"top_p": 0.3, "min_p": 1.0},
+        {"top_k": 120, "top_p": 0.6, "order": "sequential"},
+        {"top_k": 120, "top_p": 0.999},
+    )
+    for options in settings:
+        drawn = []
+        for name in ("reference", backend):
+            with genkern.backend(name):
+                drawn.append(sample_tokens(x, uniforms=u, **options).tolist())
+        assert drawn[0] == drawn[1], options
+    key, wide = genkern.random.key(3), logits(2, 9001)
+    with genkern.backend(backend):
+        both = sample_tokens(wide, top_p=0.9, key=key)
+        assert torch.equal(both[:1], sample_tokens(wide[:1], top_p=0.9, key=key))
+        x[4, 11] = math.nan
+        with pytest.raises(ValueError, match="row 4"):
+            sample_tokens(x[:5], top_k=3)
 
 
 def test_repetition_penalty():

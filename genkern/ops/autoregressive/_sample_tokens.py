@@ -46,6 +46,10 @@ def sample_tokens(
     tokens are kept or dropped together, and top_k may keep more than k. Tokens of probability zero in float32 (score below -103)
     are never drawn.
 
+    Thresholds are found by a search over their values on the CPU, and over their bits by Triton's kernel, which gives each row to one
+    program and keeps 8 bytes a logit: no sort. Both sum in another order than the reference and each other, so a uniform within
+    rounding of a token's edge may give its neighbour.
+
     float32, float64, bfloat16, float16; the arithmetic is float32. No gradient. TypeError, ValueError on anything else. A row that
     holds NaN or +inf, or -inf alone, is a ValueError on the CPU; on other devices and under torch.compile its token is -1.
     """
