@@ -118,12 +118,12 @@ def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
         return False
     if out.device != device or out.requires_grad or not out.is_contiguous():
         return False
-    begin = out.data_ptr()
+    begin, recording = out.data_ptr(), torch.is_grad_enabled()
     end = begin + out.nbytes
     for t in (x, weight, bias, pre_bias, scale, shift):
         if t is not None and t is not out:
             at = t.data_ptr()
-            if t.requires_grad or not t.is_contiguous() or (at < end and begin < at + t.nbytes):
+            if (recording and t.requires_grad) or not t.is_contiguous() or (at < end and begin < at + t.nbytes):
                 return False
     return True
 
