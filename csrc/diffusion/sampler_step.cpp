@@ -34,8 +34,8 @@ struct Form {
   int history;  // terms
   bool guided, noisy, next_input, adaptive, bounded, learned;
 };
-// ... or when it is compiled: the steps of samplers with guidance and without noise, which write the second half of the next model
-// input.
+// ... or when it is compiled: the step of samplers with guidance and without noise, which writes the next model input once more.
+// On a CPU whose memory keeps up it is a fifth faster than one that asks for every vector.
 template <int kTermsOfHistory, bool kAdaptive>
 struct GuidedForm {
   static constexpr int history = kTermsOfHistory;
@@ -248,9 +248,9 @@ void run_weighted(Arguments a, const Tensor& like) {
   const int64_t in_cache = kInCache * torch::stable::get_num_threads() / (2 * std::max<int64_t>(1, shape.width));
   const int64_t block = a.moments || a.key ? shape.rows : std::max<int64_t>(1, in_cache);
   std::vector<S> sums(a.moments ? 0 : 5 * shape.rows), weights(2 * shape.rows);
-  const Array u = a.raw.array(), table = a.table, none{nullptr, 5, table.storage};
-  Array moments = a.moments ? Rows(*a.moments).array() : none;
-  if (!a.moments) moments.data = sums.data();
+  const Array u = a.raw.array(), table = a.table;
+  const std::optional<Rows> given = a.moments ? std::optional<Rows>(std::in_place, *a.moments) : std::nullopt;
+  const Array moments = given ? given->array() : Array{sums.data(), 5, table.storage};
   a.weights = {weights.data(), 2, table.storage};
   for (a.begin = 0; a.begin < shape.rows; a.begin = a.end) {
     a.end = std::min(shape.rows, a.begin + block);

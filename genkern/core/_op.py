@@ -112,7 +112,7 @@ class Op:
         if why is not None:
             self._slow(why)
         _backends.count(self.name, choice, calls)
-        return choice, self._forward[choice]._op if choice in self._forward else lambda *args: self._call_reference(args)
+        return choice, self._forward.get(choice) or (lambda *args: self._call_reference(args))
 
     # ---- choosing
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 
 from genkern.ops import group_norm_act
+from genkern.ops.diffusion._group_norm_act import _op, _out_op
 
 
 def fuse_norms(model):
@@ -33,8 +34,21 @@ def _serves(block):
     return norms and type(block.nonlinearity) is torch.nn.SiLU and block.time_embedding_norm in ("default", "scale_shift")
 
 
-def _norm_silu(norm, x, **conditions):
-    return group_norm_act(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation="silu", **conditions)
+def _norm_silu(norm, x, *, pre_bias=None, scale=None, shift=None, out=None):
+    weight, shape = norm.weight, x.shape
+    usual = weight is not None and weight.dtype == x.dtype and weight.device == x.device and x.is_contiguous() and x.dim() > 1
+    for per_channel in (pre_bias, scale, shift):
+        usual = usual and (per_channel is None or per_channel.shape == shape[:2])
+    if not usual or torch.compiler.is_compiling():
+        return group_norm_act(
+            x, norm.num_groups, weight, norm.bias, eps=norm.eps, activation="silu", pre_bias=pre_bias, scale=scale, shift=shift, out=out
+        )  # fmt: skip
+    # What else group_norm_act would check holds by construction; in a small model the checks take more time than the norm.
+    arguments = x, None, weight, norm.bias, pre_bias, scale, shift, norm.num_groups, norm.eps, True
+    if out is None:
+        return _op(*arguments)
+    _out_op(*arguments, out)
+    return out
 
 
 class _ResnetBlock2D(ResnetBlock2D):
@@ -58,10 +72,11 @@ class _ResnetBlock2D(ResnetBlock2D):
         elif self.time_embedding_norm == "scale_shift":
             raise ValueError("ResnetBlock2D: a scale and shift need the time embedding, got None")
         in_place = {} if torch.is_grad_enabled() or not h.is_contiguous() else {"out": h}  # the convolution's result is nobody else's
-        h = self.conv2(self.dropout(_norm_silu(self.norm2, h, **conditions, **in_place)))
+        h = _norm_silu(self.norm2, h, **conditions, **in_place)
+        h = self.conv2(self.dropout(h) if self.training else h)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous())
-        return (x + h) / self.output_scale_factor
+        return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
 
 
 class _GroupNormSiLU(torch.nn.GroupNorm):

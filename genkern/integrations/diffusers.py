@@ -181,6 +181,11 @@ def _run_or_refuse(scheduler, step, *args, **kwargs):
         raise NotLinear(f"{type(scheduler).__name__} cannot be run on random data{suspects(scheduler)} ({cause})") from error
 
 
+def _out(sample, m):
+    """Where the next sample goes, of the model output's type. None where that is the sample's, for sampler_step to make."""
+    return None if m.dtype == sample.dtype else torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
+
+
 class _Fused:
     draws = True  # step() takes a generator
     keyed = False  # noise from keys
@@ -248,7 +253,7 @@ class _Fused:
         else:
             noise = self._noise(m, sample, generator)
         h1, h2, h3 = (*history, None, None, None)[:3]
-        out = torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
+        out = _out(sample, m)
         bound = None
         if self.thresholds:
             quantile, maximum = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
@@ -527,9 +532,8 @@ class _Probed(_Fused):
             key = _drawn_key(generator, m.device)
         elif self._noisy[index]:
             noise = randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype)
-        new = lambda: torch.empty_like(sample, dtype=m.dtype, memory_format=torch.contiguous_format)
         past = [sample] if self._extra_is_history else self._past
-        outputs = [sampler_step(sample, m, t, index, *past, noise=noise, key=key, out=new()) for t in (table, *extras)]
+        outputs = [sampler_step(sample, m, t, index, *past, noise=noise, key=key, out=_out(sample, m)) for t in (table, *extras)]
         if past:
             (first, newest), *rest = outputs
             outputs = [first, *(extra for extra, _ in rest)]

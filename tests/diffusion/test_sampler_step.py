@@ -1,6 +1,5 @@
 """sampler_step: in place, indices on the device, noise of the stream, types, refusals."""
 
-
 import pytest
 import torch
 
@@ -169,3 +168,23 @@ def test_refusals():
     ]:
         with pytest.raises(error, match="sampler_step: "):
             ops.sampler_step(**{"step": 0, **given, **change})
+
+
+@pytest.mark.skipif("cpu" not in backends(op="sampler_step"), reason="no CPU library")
+@pytest.mark.parametrize("forms", [{}, {"history": 3}, {"noise": True}, {"key": True}, {"float64": True}], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 300000)], ids=str)  # all samples in the cache at once; one after the other
+def test_a_step_that_takes_the_moments_itself(forms, shape):
+    """What samplers ask of the CPU's kernel: the same numbers as with moments from a pass of their own."""
+    history = forms.get("history", 1)
+    given = arguments(shape, history)
+    if forms.get("float64"):
+        given = {name: t.double() for name, t in given.items()}
+    x, m, table = given["x"], given["model_output"], given["table"]
+    past = [given.get(f"h{k}") for k in (1, 2, 3)]
+    noise, key = x.flip(0) if forms.get("noise") else None, random.key(3) if forms.get("key") else None
+    results = []
+    for moments in (ops.guidance_moments(m), None):
+        outputs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        _sampler_step(x, m, table, 1, *past, *outputs, None, noise, key, moments, None, None, 0.7, 0.2, 3.0, False)
+        results.append(outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

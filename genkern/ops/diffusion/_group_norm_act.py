@@ -134,12 +134,13 @@ def _plain(x, groups, weight, bias, pre_bias, scale, shift, out):
         return False
     if out.device != device or out.requires_grad or not (out.is_contiguous() or _is_channels_last(out)):
         return False
-    begin = out.data_ptr()
+    begin, recording = out.data_ptr(), torch.is_grad_enabled()
     end = begin + out.nbytes
     for t in (x, weight, bias, pre_bias, scale, shift):
         if t is not None and t is not out:
             at = t.data_ptr()
-            if t.requires_grad or not (t.is_contiguous() or _is_channels_last(t)) or (at < end and begin < at + t.nbytes):
+            overlaps = at < end and begin < at + t.nbytes
+            if (recording and t.requires_grad) or overlaps or not (t.is_contiguous() or _is_channels_last(t)):
                 return False
     return True
 
