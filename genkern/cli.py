@@ -203,24 +203,21 @@ def train(argv):
         history = fit(model, source, out, **rest, **given[Training])
         if rank == 0 and history:
             print(plots.table(history[-1:], shutil.get_terminal_size().columns))
+            best = (
+                load_run(out, device)[0] if (out / "config.json").exists() else None
+            )  # None: the first of two stages keeps no weights
             try:
-                _picture(out / "curves.png", plots.curves(history).savefig, dpi=120)
-                kept = (out / "config.json").exists()  # a model of two stages keeps no weights in the first
-                if kept and len(source.shape) == 3 and source.shape[0] in (1, 3):
-                    best = load_run(out, device)[0]
-                    _picture(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
+                _save(out / "curves.png", plots.curves(history).savefig, dpi=120)
+                if best and len(source.shape) == 3 and source.shape[0] in (1, 3):
+                    _save(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
                     if hasattr(best, "denoising"):
-                        _picture(out / "strip.png", _grid(best, _draw(best, 8, arguments["seed"], strip=True)).save)
-                elif source.shape == (2,) and hasattr(model, "log_prob"):
-                    best = load_run(out, device)[0]
-                    _picture(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
+                        _save(out / "strip.png", _grid(best, _draw(best, 8, arguments["seed"], strip=True)).save)
+                elif best and source.shape == (2,) and hasattr(best, "log_prob"):
+                    _save(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
             except ImportError as error:  # the training is done all the same
                 print(f"no pictures: {error}", file=sys.stderr)
-            if hasattr(model, "bits_per_dim"):
-                best = load_run(out, device)[0]
-                values = best.evaluate(*source.test, key=random.key(arguments["seed"]), likelihood=True)
-                _print_against_baselines(values, source, "test", best)
-                for part in source.by_class().values() if source.pictures else ():
+            if hasattr(best, "bits_per_dim"):
+                for part in (source, *(source.by_class().values() if source.pictures else ())):
                     values = best.evaluate(*part.test, key=random.key(arguments["seed"]), likelihood=True)
                     _print_against_baselines(values, part, "test", best)
             print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
@@ -262,20 +259,20 @@ def sample(argv):
         if out.suffix == ".npy":
             import numpy as np
 
-            _picture(out, lambda file, **_: np.save(file, values.cpu().numpy()))
+            _save(out, lambda file, **_: np.save(file, values.cpu().numpy()))
         elif out.suffix == ".txt":
             if values.dim() != 2 or values.is_floating_point():
                 raise ValueError(f"the samples of a {type(model).__name__} are no text")
             text = b"\n\n".join(bytes(line) for line in values.tolist())
-            _picture(out, lambda file, **_: file.write(text + b"\n"))
+            _save(out, lambda file, **_: file.write(text + b"\n"))
         elif sound:
             _sound(out, values, model.config.rate)
         elif getattr(model.config, "shape", None) == (2,) and hasattr(model, "log_prob") and "labels" not in model.conditions:
             from genkern import plots
 
-            _picture(out, plots.density(model, values).savefig, dpi=120)
+            _save(out, plots.density(model, values).savefig, dpi=120)
         else:
-            _picture(out, _grid(model, values).save)
+            _save(out, _grid(model, values).save)
         print(f"wrote {out}")
 
 
@@ -289,12 +286,10 @@ def eval_(argv):
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with _words("eval"):
-        from genkern import data, plots, random
+        from genkern import plots, random
 
         model, run = load_run(arguments.folder, arguments.device)
-        if not (name := arguments.data or run.get("data")):
-            raise ValueError(f"{arguments.folder} does not name its data: give --data")
-        source = data.load(name, window=run.get("window"))
+        source = _data_of(arguments, run)
         parts = [source, *(source.by_class().values() if arguments.by_class else ())]
         measure = lambda part: model.evaluate(*part.split(arguments.split), key=random.key(arguments.seed), likelihood=True)
         found = [measure(part) for part in parts]
@@ -325,16 +320,14 @@ def score(argv):
     with _words("score"):
         import torch
 
-        from genkern import data, plots, random
+        from genkern import plots, random
 
         if arguments.out:
             _writable(arguments.out, ".npy")
         model, run = load_run(arguments.folder, arguments.device)
         if not hasattr(model, "log_prob"):
             raise ValueError(f"a {type(model).__name__} has no log_prob")
-        if not (name := arguments.data or run.get("data")):
-            raise ValueError(f"{arguments.folder} does not name its data: give --data")
-        source = data.load(name, window=run.get("window"))
+        source = _data_of(arguments, run)
         parts = ("train", "validation", "test") if arguments.split == "all" else (arguments.split,)
         inputs = torch.cat([source.split(part)[0] for part in parts])
         labels = None if source.train[1] is None else torch.cat([source.split(part)[1] for part in parts])
@@ -359,7 +352,7 @@ def score(argv):
         if arguments.out:
             import numpy as np
 
-            _picture(Path(arguments.out), lambda file, **_: np.save(file, scores.numpy()))
+            _save(Path(arguments.out), lambda file, **_: np.save(file, scores.numpy()))
             print(f"wrote {arguments.out}")
 
 
@@ -380,7 +373,7 @@ def traverse(argv):
         if len(getattr(model.config, "shape", (1, 1, 1))) != 3:
             raise ValueError(f"this {type(model).__name__} is not of images: there is nothing to show")
         images = model.traverse(steps=arguments.steps, key=random.key(arguments.seed))
-        _picture(out, plots.grid(images, levels=getattr(model.config, "levels", None)).save)
+        _save(out, plots.grid(images, levels=getattr(model.config, "levels", None)).save)
         print(f"wrote {out}")
 
 
@@ -422,6 +415,15 @@ def load_run(folder, device=None):
         if not isinstance(run, dict) or not isinstance(run.get("data", ""), str):
             raise ValueError(f"{folder / 'run.json'} cannot be used: it must be an object, and its data a name")
     return models.load(folder).to(device), run
+
+
+def _data_of(arguments, run):
+    """The data set of --data, by default that of the training."""
+    from genkern import data
+
+    if not (name := arguments.data or run.get("data")):
+        raise ValueError(f"{arguments.folder} does not name its data: give --data")
+    return data.load(name, window=run.get("window"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -576,11 +578,11 @@ def _sound(path, sounds, rate):
                 out.setframerate(rate)
                 out.writeframes(samples)
 
-        _picture(path, save)
-    _picture(path.with_suffix(".png") if path.suffix == ".wav" else path, plots.spectrograms(sounds).save)
+        _save(path, save)
+    _save(path.with_suffix(".png") if path.suffix == ".wav" else path, plots.spectrograms(sounds).save)
 
 
-def _picture(path, save, **settings):
+def _save(path, save, **settings):
     """Through save(file), whole or not at all."""
     import io
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from genkern import random
+from genkern._extras import extra
 from genkern.ops._common import check_int
 
 SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slice(1617, 1797)}
@@ -132,11 +133,7 @@ def digits(split=None):
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"digits: split must be None or one of {', '.join(SPLITS)}, got {split!r}")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError('digits: needs scikit-learn, of the extra "models": pip install "genkern[models]"') from error
-    source = load_digits()
+    source = extra("digits", "sklearn.datasets", "scikit-learn").load_digits()
     images = torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).to(torch.int64)
     if split is None:
@@ -172,12 +169,10 @@ def _digits32():
 def _photos():
     """Patches of scikit-learn's two photographs: of the left three quarters one every 8 pixels to train on, of the right quarter
     those that do not overlap, in turn for validation and test. The label says which photograph."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ImportError('load: photos need scikit-learn and Pillow, of the extra "models": pip install "genkern[models]"') from error
+    extra("photos", "PIL.Image", "Pillow")  # with which scikit-learn reads them
+    photographs = extra("photos", "sklearn.datasets", "scikit-learn").load_sample_images().images
     parts, names, pictures = {split: [] for split in SPLITS}, ("china", "flower"), {}
-    for name, picture in zip(names, load_sample_images().images, strict=True):  # (427, 640, 3)
+    for name, picture in zip(names, photographs, strict=True):  # (427, 640, 3)
         pixels = torch.tensor(picture)
         cut = pixels.shape[1] * 3 // 4
         patches = lambda area, step: area.unfold(0, 32, step).unfold(1, 32, step).flatten(0, 1)  # (N, 3, 32, 32)
@@ -239,10 +234,7 @@ IMAGES_BUILT_IN = {"digits": _digits, "digits32": _digits32, "photos": _photos}
 
 
 def _images(path, files):
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError('load: images need Pillow, of the extra "models": pip install "genkern[models]"') from error
+    Image, ImageOps = (extra("load: images", f"PIL.{name}", "Pillow") for name in ("Image", "ImageOps"))
     import numpy as np
 
     inside = [p.relative_to(path).parts for p in files]

@@ -4,16 +4,15 @@ import math
 
 import torch
 
+from genkern._extras import extra
+
 
 def grid(images, *, levels=None, columns=None, scale=None):
     """A PIL image of the tiles of images (N, C, H, W), or (rows, columns, C, H, W), C 1 or 3.
 
     uint8 0..levels (default 255), or float in [-1, 1]. scale: whole pixels per pixel; by default small tiles grow to 32.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('grid: needs Pillow, of the extra "models": pip install "genkern[models]"') from error
+    Image = extra("grid", "PIL.Image", "Pillow")
     if not isinstance(images, torch.Tensor) or images.dim() not in (4, 5) or images.shape[-3] not in (1, 3) or images.numel() == 0:
         found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"grid: images must be (N, C, H, W) with C 1 or 3 and N at least 1, got {found}")
@@ -48,10 +47,7 @@ def spectrograms(sounds, *, size=256, floor=80):
 
     size: samples per window, which overlap by three quarters; floor: decibels below the loudest that are black.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('spectrograms: needs Pillow, of the extra "models": pip install "genkern[models]"') from error
+    Image = extra("spectrograms", "PIL.Image", "Pillow")
     if not isinstance(sounds, torch.Tensor) or sounds.dim() != 3 or sounds.shape[1] != 1 or sounds.numel() == 0:
         found = tuple(sounds.shape) if isinstance(sounds, torch.Tensor) else type(sounds).__name__
         raise ValueError(f"spectrograms: sounds must be (N, 1, L) with N and L at least 1, got {found}")
@@ -65,10 +61,7 @@ def spectrograms(sounds, *, size=256, floor=80):
 
 def curves(history):
     """A matplotlib figure of a history that fit() returned (or history.json): the losses in training and validation per epoch."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError('curves: needs matplotlib, of the extra "models": pip install "genkern[models]"') from error
+    Figure = extra("curves", "matplotlib.figure", "matplotlib").Figure  # without pyplot: no window, no global state
     if not history:
         raise ValueError("curves: the history is empty")
     names = [name for name in history[-1] if name not in ("epoch", "seconds") and not name.startswith("validation_")]
@@ -89,10 +82,7 @@ def density(model, points=None, *, bounds=None, steps=200, **conditions):
 
     bounds: (left, right, bottom, top), by default those of the points and a fifth more. conditions: of log_prob, such as labels=3.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('density: needs matplotlib, of the extra "models": pip install "genkern[models]"') from error
+    Figure = extra("density", "matplotlib.figure", "matplotlib").Figure
     if points is not None and (points.dim() != 2 or points.shape[1] != 2 or len(points) == 0):
         raise ValueError(f"density: points must be (N, 2), got {tuple(points.shape)}")
     if bounds is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import genkern
-from genkern import core, random
+from genkern import core, ops, random
 from genkern.core import _op
 from genkern.ops import gaussian_kl, reparameterize, reparameterize_kl
 from genkern.testing import Make, all_cases, bench, check
@@ -111,6 +111,7 @@ def test_explain_names_a_copy():
     if core.OPS["gaussian_kl"].default("cpu")[0] != "reference":
         strided = mu.transpose(1, 2)
         assert genkern.explain("gaussian_kl", mu, log_var, None, None) == []
+        assert genkern.explain(ops.gaussian_kl, mu, log_var, None, None) == []
         assert genkern.explain("gaussian_kl", strided, log_var, None, None) == ["argument 0 is not contiguous and is copied first"]
 
 

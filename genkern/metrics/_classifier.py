@@ -2,6 +2,7 @@
 
 import torch
 
+from genkern._extras import extra
 from genkern.metrics import _distances
 from genkern.models._base import ink
 
@@ -15,11 +16,8 @@ class Classifier:
     """
 
     def __init__(self, images, labels, *, levels=255, features=64, seed=0):
-        try:
-            from sklearn.neural_network import MLPClassifier
-            from sklearn.svm import SVC
-        except ImportError as error:
-            raise ImportError('Classifier: needs scikit-learn, of the extra "models": pip install "genkern[models]"') from error
+        MLPClassifier = extra("Classifier", "sklearn.neural_network", "scikit-learn").MLPClassifier
+        SVC = extra("Classifier", "sklearn.svm", "scikit-learn").SVC
         self.levels, self.shape = levels, tuple(images.shape[1:])
         x = self._pixels(images)
         labels = torch.as_tensor(labels).cpu()

@@ -69,6 +69,14 @@ def check_shape(op, name, x, shape, meaning=""):
         raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")
 
 
+def expanded(op, name, x, other_name, shape):
+    """x, which must broadcast to the shape, of that shape; no copy."""
+    try:
+        return x if x.shape == shape else x.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{op}: {name} must broadcast to the shape of {other_name}, got {tuple(shape)} and {tuple(x.shape)}") from None
+
+
 def check_like(op, name, x, other_name, other):
     """x is a floating-point tensor of the shape and on the device of another one."""
     check_float(op, name, x)

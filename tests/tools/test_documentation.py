@@ -107,3 +107,14 @@ def test_the_words_for_transformers():
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
     namespace = {"model": transformers.MambaForCausalLM(config), "inputs": {"input_ids": torch.ones(1, 3, dtype=torch.int64)}}
     exec(importlib.import_module("genkern.integrations.transformers").__doc__.split("\n\n", 1)[1], namespace)
+
+
+def test_the_words_of_the_models():
+    """Docstrings of models open with how to make one."""
+    from genkern import models
+
+    found = [re.match(rf"{name}\(.*?\)\)", getattr(models, name).__doc__ or "") for name in models.__all__]
+    found = [opening[0] for opening in found if opening]
+    assert len(found) > 20
+    for opening in found:
+        eval(opening, vars(models))

@@ -15,12 +15,13 @@ from genkern.ops._common import (
     check_shape,
     check_tensor,
     check_written,
+    expanded,
     in_working_type,
     promoted,
     same_precision,
 )
 from genkern.ops.autoregressive._causal_conv1d_dense import behind, dense, dense_silu, for_kernel, gated, pays_dense, takes_kernels
-from genkern.ops.autoregressive._gated_activation import expanded, gated_activation
+from genkern.ops.autoregressive._gated_activation import gated_activation
 from genkern.testing._case import Case
 
 
@@ -288,7 +289,7 @@ def _gated(x, weight, bias, state, seq_idx, dilation, groups, condition):
     if condition is not None:
         check_float("causal_conv1d", "condition", condition)
         check_device("causal_conv1d", "condition", condition, "x", x)
-        condition = expanded("causal_conv1d", condition, (x.shape[0], weight.shape[0], x.shape[2]))
+        condition = expanded("causal_conv1d", "condition", condition, "the convolution", (x.shape[0], weight.shape[0], x.shape[2]))
     dtype = promoted(*tensors)
     x, state, weight, bias, condition = for_kernel(gated, x, state, weight, bias, condition)
     return gated(x, state, weight, bias, None, condition, dilation).to(dtype)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from genkern.core import Op
-from genkern.ops._common import check_choice, check_device, check_float, check_int, in_working_type, promoted, same_precision
+from genkern.ops._common import check_choice, check_device, check_float, check_int, expanded, in_working_type, promoted, same_precision
 from genkern.testing._case import Case
 
 
@@ -32,23 +32,13 @@ def gated_activation(x, condition=None, *, colors=1, layout="grouped"):
     if condition is not None:
         check_float(op, "condition", condition)
         check_device(op, "condition", condition, "x", x)
-        if condition.shape != x.shape:
-            condition = expanded(op, condition, x.shape)
+        condition = expanded(op, "condition", condition, "x", x.shape)
     x, condition = same_precision((x, condition))
     if layout == "interleaved" or colors == 1:
         return _op(x, condition)
     by_color = (x.shape[0] * colors, x.shape[1] // colors, *x.shape[2:])
     y = _op(*(None if t is None else t.reshape(by_color) for t in (x, condition)))
     return y.reshape(x.shape[0], x.shape[1] // 2, *x.shape[2:])
-
-
-def expanded(op, condition, shape):
-    try:
-        return condition.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: condition must broadcast to what it is added to, got {tuple(condition.shape)} and {tuple(shape)}"
-        ) from None
 
 
 def _reference(x, condition):

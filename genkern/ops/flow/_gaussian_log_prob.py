@@ -5,7 +5,7 @@ import math
 import torch
 
 from genkern.core import Op
-from genkern.ops._common import check_float, check_like, in_working_type, same_precision, sum_per_sample, working_type
+from genkern.ops._common import check_float, check_like, expanded, in_working_type, same_precision, sum_per_sample, working_type
 from genkern.testing._case import Case
 
 _NAME = "gaussian_log_prob"
@@ -32,12 +32,7 @@ def _expanded(name, tensor, x):
     if tensor is None:
         return None
     check_float(_NAME, name, tensor)
-    if tensor.shape != x.shape:
-        try:
-            tensor = tensor.expand(x.shape)
-        except RuntimeError:
-            shapes = f"{tuple(tensor.shape)} and {tuple(x.shape)}"
-            raise ValueError(f"{_NAME}: {name} must broadcast to the shape of x, got {shapes}") from None
+    tensor = expanded(_NAME, name, tensor, "x", x.shape)
     check_like(_NAME, name, tensor, "x", x)
     return tensor
 

@@ -11,6 +11,7 @@ from genkern.ops._common import (
     check_float,
     check_int,
     check_like,
+    expanded,
     in_working_type,
     same_precision,
     sum_per_sample,
@@ -49,12 +50,7 @@ def gaussian_nll(mu, log_var, x):
     _check("gaussian_nll", x, mu=mu)
     if log_var is not None:
         check_float("gaussian_nll", "log_var", log_var)
-        if log_var.shape != mu.shape:
-            try:
-                log_var = log_var.expand(mu.shape)
-            except RuntimeError:
-                shapes = f"{tuple(log_var.shape)} and {tuple(mu.shape)}"
-                raise ValueError(f"gaussian_nll: log_var must broadcast to the shape of mu, got {shapes}") from None
+        log_var = expanded("gaussian_nll", "log_var", log_var, "mu", mu.shape)
         check_like("gaussian_nll", "log_var", log_var, "mu", mu)
     return _run(_gaussian, x, *same_precision((mu, log_var, x)))
 
