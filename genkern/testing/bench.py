@@ -6,6 +6,7 @@ Before a case is timed its check must pass, and stats() must show that the named
 
 import argparse
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -163,7 +164,7 @@ def case_rows(case, backend, shapes, dtype, compiled, device="cpu"):
             total = case.bytes(shape, dtype.itemsize) + (case.bytes_backward(shape, dtype.itemsize) if wanted else 0)
             calls = {
                 "eager": _call(case.eager, arguments, wanted),
-                "genkern": _call(lambda **kw: case.function(**kw, **case.bench_variant), arguments, wanted),
+                "genkern": _call(functools.partial(case.function, **case.bench_variant), arguments, wanted),
                 "copy": _copy_of(total, device),
             }
             calls["genkern"]()
