@@ -113,7 +113,9 @@ def test_the_words_of_the_models():
     """Docstrings of models open with how to make one."""
     from genkern import models
 
-    found = [re.match(rf"{name}\(.*?\)\)", getattr(models, name).__doc__ or "") for name in models.__all__]
+    found = [
+        re.match(rf"{name}\(.*?\)\)", getattr(models, name).__doc__ or "") for name in models.__all__ if not name.endswith("Config")
+    ]
     found = [opening[0] for opening in found if opening]
     assert len(found) > 20
     for opening in found:

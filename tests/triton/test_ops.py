@@ -1,4 +1,4 @@
-"""Every op with a case, in Triton: values and gradients, layouts, streams, repeatability."""
+"""Ops in Triton: streams, repeatability, empty tensors. Values, gradients and layouts of every case: tests/test_every_op.py."""
 
 import numpy as np
 import philox_oracle
@@ -7,30 +7,8 @@ import torch
 
 import genkern
 from genkern import ops, random
-from genkern.testing import LAYOUTS, all_cases, check
 
 pytestmark = pytest.mark.triton
-
-CASES = {name: case for name, case in all_cases().items() if genkern.core.OPS[name].available("cpu")["triton"] is None}
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-@each_case
-@pytest.mark.parametrize("dtype", TYPES, ids=lambda t: str(t).split(".")[1])
-def test_values_and_gradients(case, dtype):
-    if dtype not in case.dtypes:
-        pytest.skip(f"{case.name} takes no {dtype}")
-    for variant in case.variants:
-        for shape in case.shapes:
-            check(case, "triton", shape, dtype, variant=variant)
-
-
-@each_case
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(case, layout):
-    for shape in case.shapes:
-        check(case, "triton", shape, torch.float32, layout=layout)
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (3, 37), (2, 1100), (2, 3, 5, 7), (5, 8)])
