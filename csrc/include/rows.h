@@ -25,26 +25,17 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// A new contiguous tensor on the device of another one. torch::stable::new_empty looks its operator up by name, and new_empty
-// itself goes through the dispatcher: either takes longer than the allocation.
+// A new tensor on the device of another one; torch::stable::new_empty looks its operator up by name, which takes as long again.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> type = {}) {
-  int32_t dtype, device_type, device_index;
-  if (type)
-    dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
-  else
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t dtype, layout, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (int64_t d = dims - 1; d >= 0; d--) {
-    strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
-  }
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type, device_index, &result));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype,
+                                                          &layout, &device_type, device_index, nullptr, &result));
   return Tensor(result);
 }
 

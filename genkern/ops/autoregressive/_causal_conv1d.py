@@ -374,12 +374,19 @@ def causal_conv1d_out(x, weight, bias=None, initial_state=None, seq_idx=None, ou
     return _per_channel(x, weight, bias, initial_state, seq_idx, out=out, **options)
 
 
-def _several_channels(x, weight, bias=None, initial_state=None, dilation=3):
+def _several_channels(x, weight, bias=None, initial_state=None, dilation=3, **options):
     groups = x.shape[1] // weight.shape[1]
-    return causal_conv1d(x, weight, bias, dilation=dilation, groups=groups, initial_state=initial_state)
+    return causal_conv1d(x, weight, bias, dilation=dilation, groups=groups, initial_state=initial_state, **options)
 
 
 _several_channels.__name__ = "causal_conv1d_dense"
+
+
+def _several_channels_with_silu(**arguments):
+    return _several_channels(**arguments, activation="silu")
+
+
+_several_channels_with_silu.__name__ = "causal_conv1d_dense_silu"
 
 
 def _with_gate(x, weight, bias=None, condition=None, initial_state=None):
@@ -466,6 +473,10 @@ def _eager_dense(x, weight, bias):
     return F.conv1d(F.pad(x, (4, 0)), weight, bias, dilation=4)
 
 
+def _eager_dense_silu(x, weight, bias):
+    return F.silu(_eager_dense(x, weight, bias))
+
+
 def _eager_gated(x, weight, bias, condition):
     a, b = (F.conv1d(F.pad(x, (4, 0)), weight, bias, dilation=4) + condition).chunk(2, 1)
     return torch.tanh(a) * torch.sigmoid(b)
@@ -533,6 +544,18 @@ CASES = (
         bytes=lambda shape, size: 3 * size * math.prod(shape),
         bytes_backward=lambda shape, size: 6 * size * math.prod(shape),
         bench_shapes=((4, 64, 4096), (1, 128, 1024), (8, 32, 1024), (1, 64, 1)),
+        bench_variant={"dilation": 4},
+    ),
+    Case(
+        _several_channels_with_silu,
+        _dense_arguments(None),
+        forms=(_dense_with_state,),
+        shapes=((2, 3, 53), (0, 2, 4)),
+        large=(3, 32, 1031),
+        constants=None,
+        eager=_eager_dense_silu,
+        bytes=lambda shape, size: 3 * size * math.prod(shape),
+        bench_shapes=((4, 64, 4096), (1, 128, 1024), (8, 32, 1024)),
         bench_variant={"dilation": 4},
     ),
     Case(
