@@ -1,4 +1,7 @@
-"""timestep_embedding: the sinusoidal embedding of a time or noise level, in plain torch."""
+"""timestep_embedding: the sinusoidal embedding of a time or noise level, in plain torch.
+
+Without a kernel: a few numbers per sample, once per evaluation of a network.
+"""
 
 import math
 

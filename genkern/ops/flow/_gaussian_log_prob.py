@@ -1,4 +1,7 @@
-"""gaussian_log_prob: the log-density of a diagonal Gaussian prior, per sample."""
+"""gaussian_log_prob: the log-density of a diagonal Gaussian prior, per sample.
+
+One C++ source serves the CPU and CUDA. It moves each byte once; a Triton twin would move as many, so there is none.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""invertible_conv1x1: a learned mixing of channels with its log-determinant, and the preparation of its weights."""
+"""invertible_conv1x1: a learned mixing of channels with its log-determinant, and the preparation of its weights.
+
+Without a kernel: it is a product of matrices, and torch's runs at the machine's limit.
+"""
 
 import torch
 import torch.nn.functional as F
