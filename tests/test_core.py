@@ -1,9 +1,11 @@
 """What core.Op promises to every op, shown on reparameterize_kl; and what the checks promise: a wrong kernel turns them red."""
 
+import re
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,26 @@ def test_saved_input_overwritten_in_place_is_an_error():
 
 
 @needs_cpu_kernels
+def memory_flags(address):
+    """The kernel's flags of the mapping that holds an address: `hg` where 2 MB pages were asked for."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = begin <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@needs_cpu_kernels
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="a kernel without huge pages")
+def test_large_outputs_ask_for_large_pages():
+    with genkern.backend("cpu"):
+        z = reparameterize(torch.zeros(40, 1 << 18), torch.zeros(40, 1 << 18), key=KEY)  # 40 MB: a mapping of its own
+    assert "hg" in memory_flags(z[20].data_ptr())
+
+
 def test_only_the_key_is_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), genkern.backend("cpu"):
