@@ -29,8 +29,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// The first write to a large fresh tensor takes a page fault per 4 KB, which costs as much as the writing; where the system leaves it to
-// programs to ask for pages of 2 MB, ask for them.
+// The first write to a large fresh tensor takes a page fault per 4 KB, which costs as much as the writing; where the system leaves
+// it to programs to ask for pages of 2 MB, ask for them.
 inline void ask_for_large_pages([[maybe_unused]] const Tensor& fresh) {
 #if defined(MADV_HUGEPAGE) && !defined(GK_GPU)
   constexpr uintptr_t kPage = 4096, kLarge = uintptr_t{1} << 21;
