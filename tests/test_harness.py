@@ -261,16 +261,16 @@ def test_peak_bytes_counts_what_is_held_at_once():
     assert bench.peak_bytes(lambda: x.neg_()) == 0
 
 
-def test_bench_compare_fails_on_a_fallen_ratio_and_plot_draws(tmp_path, capsys):
+def test_bench_compare_fails_on_a_fallen_ratio_and_plot_and_table_show_it(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     row = {
         "op": "gaussian_kl",
         "shape": [8, 64],
         "dtype": "float32",
         "mode": "forward",
-        "contenders": {"genkern": {"ratio": 4.0}},
+        "contenders": {"genkern": {"ratio": 4.0}, "eager": {"genkern_ratio": 4.0}},
     }
-    slow = row | {"contenders": {"genkern": {"ratio": 3.5}}}
+    slow = row | {"contenders": {"genkern": {"ratio": 3.5}, "eager": {"genkern_ratio": 3.5}}}
     for name, result in (("old", row), ("new", slow)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"results": [result]}))
     old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
@@ -278,6 +278,8 @@ def test_bench_compare_fails_on_a_fallen_ratio_and_plot_draws(tmp_path, capsys):
     assert "gaussian_kl 8x64 forward: 4.00x eager before, 3.50x now" in capsys.readouterr().out
     assert bench.main(["plot", old, str(tmp_path / "a.png")]) == 0
     assert pathlib.Path(tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert bench.main(["table", old]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| `gaussian_kl` | 8 x 64 | 1 | 4.0x | – | – | – | – |"
     with pytest.raises(SystemExit):
         bench.main(["compare", old])
 

@@ -263,27 +263,72 @@ def compare(old, new, threshold=0.1):
     return lines
 
 
+def table(results):
+    """Lines of Markdown: times faster than eager PyTorch, torch.compile and peers; a row for each op, shape and number of threads."""
+    rivals = {"eager": "eager", "compile": "`torch.compile`"}
+    head = [
+        "op",
+        "shape",
+        "threads",
+        *(f"{mode}, x {rival}" for rival in rivals.values() for mode in ("forward", "with backward")),
+        "x peers",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    measured = {}
+    for r in results:
+        measured.setdefault((r["op"], tuple(r["shape"]), r.get("threads", 1)), {})[r["mode"]] = r["contenders"]
+    for (op, shape, threads), modes in measured.items():
+        cells = [f"`{op}`", " x ".join(map(str, shape)), str(threads)]
+        for rival, mode in itertools.product(rivals, ("forward", "forward+backward")):
+            contenders = modes.get(mode, {})
+            cells.append(_times(contenders[rival]["genkern_ratio"]) if rival in contenders else "–")
+        peers = {}
+        for contenders in modes.values():
+            for name in contenders.keys() - {"eager", "genkern", "copy", "compile"}:
+                peers.setdefault(name, []).append(_times(contenders[name]["genkern_ratio"]))
+        cells.append(", ".join(f"{name} {' and '.join(ratios)}" for name, ratios in sorted(peers.items())) or "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _times(ratio):
+    return f"{ratio:.1f}x" if ratio < 99.95 else f"{ratio:.0f}x"
+
+
 def plot(results, path):
-    """A bar for each measured row: times faster than eager."""
+    """Draw a line for each op, a point for each shape: times faster than eager and torch.compile with the fewest threads measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = [f"{r['op']} {'x'.join(map(str, r['shape']))} {r['mode']}" for r in results]
-    ratios = [r["contenders"]["genkern"]["ratio"] for r in results]
-    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(labels) + 1), layout="constrained")
-    axes.barh(labels, ratios)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("times faster than eager PyTorch")
-    figure.savefig(path)
+    threads = min(r.get("threads", 1) for r in results)
+    results = [r for r in results if r.get("threads", 1) == threads]
+    ops = list(dict.fromkeys(r["op"] for r in results))
+    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(9, 0.2 * len(ops) + 1.2), layout="constrained")
+    for axes, rival in zip(panels, ("eager", "compile"), strict=True):
+        for mode, marker in (("forward", "o"), ("forward+backward", "D")):
+            rows = [r for r in results if r["mode"] == mode and rival in r["contenders"]]
+            ratios = [r["contenders"][rival]["genkern_ratio"] for r in rows]
+            colors = ["tab:blue" if ratio >= 1 else "tab:red" for ratio in ratios]
+            inside = colors if mode == "forward" else "none"
+            axes.scatter(ratios, [ops.index(r["op"]) for r in rows], 18, inside, marker=marker, edgecolors=colors, label=mode)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("times faster than " + {"eager": "eager PyTorch", "compile": "torch.compile"}[rival])
+    panels[0].set_yticks(range(len(ops)), ops)
+    panels[0].invert_yaxis()
+    panels[1].legend(loc="lower right")
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def _files(parser, words):
-    if len(words) != 3:
-        parser.error(f"{words[0]} needs two files, got {len(words) - 1}")
+    needed = 1 if words[0] == "table" else 2
+    if len(words) != needed + 1:
+        parser.error(f"{words[0]} needs {needed} file{'s' * (needed > 1)}, got {len(words) - 1}")
     return words[1:]
 
 
@@ -306,7 +351,7 @@ def main(argv=None):
     """Run the command; 0, or 1 where a ratio fell (compare) or a case was refused."""
     lower = "A lower instruction set, for PyTorch and genkern alike: ATEN_CPU_CAPABILITY=avx2 (or default) genkern bench ..."
     parser = argparse.ArgumentParser(prog="genkern bench", description=__doc__.splitlines()[0], epilog=lower)
-    words = "names; or: compare A.json B.json (fails where a ratio fell by 10 %%); or: plot A.json FILE"
+    words = "names; or: compare A.json B.json (fails where a ratio fell by 10 %%); plot A.json FILE; table A.json (Markdown)"
     parser.add_argument("ops", nargs="*", help=words)
     parser.add_argument("--shape", action="append", help="such as 256x4096; may be repeated")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
@@ -326,6 +371,9 @@ def main(argv=None):
     if arguments.ops[:1] == ["plot"]:
         source, target = _files(parser, arguments.ops)
         plot(_read(source)["results"], target)
+        return 0
+    if arguments.ops[:1] == ["table"]:
+        print("\n".join(table(_read(*_files(parser, arguments.ops))["results"])))
         return 0
     if arguments.quick:
         arguments.rounds, arguments.no_compile = min(arguments.rounds, 5), True
