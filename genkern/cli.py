@@ -202,7 +202,7 @@ def train(argv):
         rest = {"resume": arguments["resume"], "seed": arguments["seed"], "save_every": arguments["save_every"]}
         history = fit(model, source, out, **rest, **given[Training])
         if rank == 0 and history:
-            print(plots.table(history[-1:], shutil.get_terminal_size().columns))
+            print(plots.table([{name: x for name, x in history[-1].items() if name != "seconds"}], shutil.get_terminal_size().columns))
             best = (
                 load_run(out, device)[0] if (out / "config.json").exists() else None
             )  # None: the first of two stages keeps no weights

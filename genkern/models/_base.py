@@ -102,8 +102,12 @@ class Model(torch.nn.Module):
 
         likelihood: also the means of log_prob and bits_per_dim, where the model has them. Noise is one stream per sample.
         """
-        if len(inputs) == 0:
+        check_tensor(type(self).__name__, inputs)
+        if inputs.dim() == 0 or len(inputs) == 0:
             raise ValueError(f"{type(self).__name__}: no inputs to evaluate")
+        if "labels" in self.conditions and (not isinstance(labels, torch.Tensor) or labels.dim() == 0 or len(labels) != len(inputs)):
+            got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(f"{type(self).__name__}: needs labels of the {len(inputs)} inputs, a tensor, got {got}")
         device, keys, sums = next(self.parameters()).device, random.split(key, len(inputs)), {}
         names = list(self.objectives())
         for start in range(0, len(inputs), batch_size):

@@ -208,5 +208,7 @@ def test_curves_and_table():
     history = fit(toy(), points(), epochs=2, progress=False)
     figure = plots.curves(history)
     assert [axes.get_title() for axes in figure.axes] == ["loss", "size"] and len(figure.axes[0].lines) == 2
-    text = plots.table([{"a": 1.23456789, "long name": 2, "more": 3}], width=16)
-    assert text.splitlines() == ["    a  long name", "1.235          2", "(not shown: more)"]
+    row = {"a": 1.23456789, "long name": 2, "more": 3}
+    text = plots.table([row, row], width=16)
+    assert text.splitlines() == ["    a  long name", "1.235          2", "1.235          2", "(not shown: more)"]
+    assert plots.table([row], width=16).splitlines() == ["a          1.235", "long name  2", "more       3"]
