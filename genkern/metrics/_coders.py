@@ -19,7 +19,8 @@ def ngram_bits(train, test, order, *, vocabulary=256):
     check_int("ngram_bits", "vocabulary", vocabulary)
     for name, x in (("train", train), ("test", test)):
         check_tensor("ngram_bits", name, x)
-        if x.dim() != 2 or x.is_floating_point() or x.numel() == 0 or not 0 <= x.min() <= x.max() < vocabulary:
+        whole = x.dim() == 2 and not x.is_floating_point() and x.numel() > 0
+        if not whole or int(x.min()) < 0 or int(x.max()) >= vocabulary:
             got = f"{x.dtype} {tuple(x.shape)}"
             raise ValueError(f"ngram_bits: {name} must be integers (N, T) in 0..{vocabulary - 1}, N and T at least 1, got {got}")
     train, test = train.long(), test.long()
