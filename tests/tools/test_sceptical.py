@@ -184,6 +184,9 @@ def test_evaluate_counts_every_input_once():
     whole = model.evaluate(x, labels, key=genkern.random.key(0), likelihood=True)
     parts = model.evaluate(x, labels, key=genkern.random.key(0), batch_size=3, likelihood=True)
     assert whole == pytest.approx(parts) and whole["loss"] == pytest.approx(-model.log_prob(x, labels=labels).mean().item())
+    noisy = vae(likelihood="discretized_logistic")
+    whole, parts = (noisy.evaluate(x, key=genkern.random.key(0), batch_size=n, likelihood=True) for n in (10, 3))
+    assert whole == pytest.approx(parts, rel=1e-5) and whole["bits_per_dim"] > 0  # each input has its noise
 
 
 def test_a_grid_in_a_notebook():

@@ -12,7 +12,7 @@ from genkern.models.vae.vae import VAE, VAEConfig
 
 @dataclass
 class ConditionalVAEConfig(VAEConfig):
-    classes: int = 10
+    classes: int = 10  # labels are 0..classes - 1
 
 
 class ConditionalVAE(VAE):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genkern import random
-from genkern.models._base import Model, Output, Training, check_tensor, signed
+from genkern.models._base import Model, Output, Training, check_tensor, of_each, signed, square_images
 from genkern.ops import (
     bernoulli_nll,
     discretized_logistic_nll,
@@ -42,11 +42,11 @@ class VAEConfig:
     channels: int = 1
     size: int = 8  # height and width, a multiple of 2
     levels: int = 255  # uint8 images hold 0..levels
-    latent: int = 8
-    width: int = 16
-    hidden: int = 256
+    latent: int = 8  # dimensions of z
+    width: int = 16  # conv: channels at full resolution
+    hidden: int = 256  # units of the layers between pixels or channels and the latent
     beta: float = 1.0  # weight of the divergence in the loss (Higgins et al., 2017)
-    likelihood: str = "bernoulli"
+    likelihood: str = "bernoulli"  # or "gaussian", "discretized_logistic"
     network: str = "conv"  # or "mlp"
 
 
@@ -58,10 +58,7 @@ class VAE(Model):
 
     @classmethod
     def config_for(cls, data, **settings):
-        if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
-            got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)}"
-            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {got} of {data.name}")
-        return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
+        return cls.Config(**{**square_images(cls.__name__, data), **settings})
 
     def __init__(self, config):
         super().__init__(config)
@@ -110,7 +107,7 @@ class VAE(Model):
         keys = self.sample_keys(n, key, generator, batch_size)
         images = []
         for part in (slice(i, i + batch_size) for i in range(0, max(n, 1), batch_size)):
-            images.append(self.decode(self._prior(keys[part]), **_of_each(conditions, operator.itemgetter(part))))
+            images.append(self.decode(self._prior(keys[part]), **of_each(conditions, operator.itemgetter(part))))
         return self._levels(torch.cat(images))
 
     @torch.no_grad()
@@ -148,7 +145,7 @@ class VAE(Model):
         walks = z.repeat(latent, steps, 1)
         for i in range(latent):
             walks[i, :, i] = torch.linspace(-span, span, steps)
-        conditions = _of_each(conditions, lambda x: x.expand(latent * steps))
+        conditions = of_each(conditions, lambda x: x.expand(latent * steps))
         return self._levels(self.decode(walks.flatten(0, 1), **conditions)).unflatten(0, (-1, steps))
 
     @torch.no_grad()
@@ -160,7 +157,7 @@ class VAE(Model):
             raise ValueError(f"{type(self).__name__}: interpolate needs as many images in a as in b, got {len(first)} and {len(last)}")
         weights = torch.linspace(0, 1, steps, device=first.device).view(1, -1, 1)
         walks = first.unsqueeze(1) * (1 - weights) + last.unsqueeze(1) * weights
-        conditions = _of_each(conditions, lambda x: x.repeat_interleave(steps))
+        conditions = of_each(conditions, lambda x: x.repeat_interleave(steps))
         return self._levels(self.decode(walks.flatten(0, 1), **conditions)).unflatten(0, (-1, steps))
 
     # ---- what the relatives below change
@@ -218,11 +215,6 @@ class VAE(Model):
 
     def _levels(self, images):
         return ((images + 1) / 2 * self.config.levels).round().to(torch.uint8)
-
-
-def _of_each(conditions, change):
-    """The conditions, those with a row for each image changed: a number is of all images, and stays."""
-    return {name: change(x) if isinstance(x, torch.Tensor) and x.dim() else x for name, x in conditions.items()}
 
 
 def _conv(c, code_size):
