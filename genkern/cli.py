@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import sys
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -34,7 +35,7 @@ def main(argv=None):
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: genkern COMMAND [options]\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:8} {function.__doc__.splitlines()[0]}")
+            print(textwrap.fill(f"  {name:8} {function.__doc__.splitlines()[0]}", _width(), subsequent_indent=" " * 11))
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         close = difflib.get_close_matches(argv[0], COMMANDS, 1)
@@ -160,7 +161,7 @@ def train(argv):
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on where the run in the folder stopped")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=_positive, metavar="STEPS", help="checkpoints within an epoch")
+    parser.add_argument("--save-every", type=_at_least(1), metavar="STEPS", help="checkpoints within an epoch")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(argv[:1])  # the help, or all that is missing
@@ -170,28 +171,20 @@ def train(argv):
         kind = model_class(argv[0])
     from genkern.models._base import Training
 
-    chosen = {}
-    for owner, defaults in ((Training, kind.defaults), (kind.Config, None)):
-        group = parser.add_argument_group("training" if owner is Training else f"{kind.__name__}, by default fitted to the data")
-        hints = typing.get_type_hints(owner)
-        for field in dataclasses.fields(owner):
-            default = getattr(defaults, field.name) if defaults else field.default
-            note = "" if default is dataclasses.MISSING else f"(default: {default})"
-            option = "--" + field.name.replace("_", "-")
-            group.add_argument(option, type=_reader(hints[field.name]), default=argparse.SUPPRESS, help=note, metavar="X")
-            chosen.setdefault(owner, []).append(field.name)
+    of_training = _add_fields(parser.add_argument_group("training"), Training, kind.defaults)
+    of_config = _add_fields(parser.add_argument_group(f"{kind.__name__}, by default fitted to the data"), kind.Config)
     arguments = vars(parser.parse_args(argv))
+    given = lambda names: {name: arguments[name] for name in names if name in arguments}
     with _words("train"), _processes() as (rank, world):
         import torch
 
-        from genkern import data, plots, random
+        from genkern import data
         from genkern.train import fit
 
-        given = {owner: {n: arguments[n] for n in names if n in arguments} for owner, names in chosen.items()}
         device = _device(arguments["device"], int(os.environ.get("LOCAL_RANK", 0)))
         source = data.load(arguments["data"], window=arguments["window"])
         torch.manual_seed(arguments["seed"])
-        model = kind(kind.config_for(source, **given[kind.Config])).to(device)
+        model = kind(kind.config_for(source, **given(of_config))).to(device)
         if rank == 0:
             count = sum(p.numel() for p in model.parameters())
             of = f"{len(source.train[0])} of shape {tuple(source.shape)}"
@@ -199,28 +192,48 @@ def train(argv):
         out = Path(arguments["out"])
         if arguments["resume"] and rank == 0 and not (out / "last.safetensors").exists():
             print(f"nothing to resume in {out}: beginning", file=sys.stderr)
-        rest = {"resume": arguments["resume"], "seed": arguments["seed"], "save_every": arguments["save_every"]}
-        history = fit(model, source, out, **rest, **given[Training])
+        history = fit(model, source, out, **given(("resume", "seed", "save_every")), **given(of_training))
         if rank == 0 and history:
-            print(plots.table(history[-1:], shutil.get_terminal_size().columns))
-            best = (
-                load_run(out, device)[0] if (out / "config.json").exists() else None
-            )  # None: the first of two stages keeps no weights
-            try:
-                _save(out / "curves.png", plots.curves(history).savefig, dpi=120)
-                if best and len(source.shape) == 3 and source.shape[0] in (1, 3):
-                    _save(out / "samples.png", _grid(best, _draw(best, 64, arguments["seed"])).save)
-                    if hasattr(best, "denoising"):
-                        _save(out / "strip.png", _grid(best, _draw(best, 8, arguments["seed"], strip=True)).save)
-                elif best and source.shape == (2,) and hasattr(best, "log_prob"):
-                    _save(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
-            except ImportError as error:  # the training is done all the same
-                print(f"no pictures: {error}", file=sys.stderr)
-            if hasattr(best, "bits_per_dim"):
-                for part in (source, *(source.by_class().values() if source.pictures else ())):
-                    values = best.evaluate(*part.test, key=random.key(arguments["seed"]), likelihood=True)
-                    _print_against_baselines(values, part, "test", best)
-            print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
+            best = load_run(out, device)[0] if (out / "config.json").exists() else None  # the first of two stages keeps no weights
+            _report(best, source, history, out, arguments["seed"])
+
+
+def _add_fields(group, owner, defaults=None):
+    """An option for each field of a dataclass, which says what the comment behind the field says; the names of the fields."""
+    hints, comments, names = typing.get_type_hints(owner), {}, []
+    for kind in reversed(owner.__mro__[:-1]):
+        with contextlib.suppress(OSError, TypeError):  # a class without a source file
+            comments.update(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(kind), re.MULTILINE))
+    for field in dataclasses.fields(owner):
+        default = getattr(defaults, field.name) if defaults else field.default
+        note = [] if default is dataclasses.MISSING else [f"(default: {default})"]
+        note += [comments[field.name].replace("%", "%%")] if field.name in comments else []
+        option = "--" + field.name.replace("_", "-")
+        group.add_argument(option, type=_reader(hints[field.name]), default=argparse.SUPPRESS, help=" ".join(note), metavar="X")
+        names.append(field.name)
+    return names
+
+
+def _report(best, source, history, out, seed):
+    """What a training ends with: its last losses, pictures, and the figure of the best weights beside those of the baselines."""
+    from genkern import plots, random
+
+    print(plots.table([{name: x for name, x in history[-1].items() if name != "seconds"}], _width()))
+    try:
+        _save(out / "curves.png", plots.curves(history).savefig, dpi=120)
+        if best and len(source.shape) == 3 and source.shape[0] in (1, 3):
+            _save(out / "samples.png", _grid(best, _draw(best, 64, seed)).save)
+            if hasattr(best, "denoising"):
+                _save(out / "strip.png", _grid(best, _draw(best, 8, seed, strip=True)).save)
+        elif best and source.shape == (2,) and hasattr(best, "log_prob"):
+            _save(out / "density.png", plots.density(best, source.train[0]).savefig, dpi=120)
+    except ImportError as error:  # the training is done all the same
+        print(f"no pictures: {error}", file=sys.stderr)
+    if hasattr(best, "bits_per_dim"):
+        for part in (source, *(source.by_class().values() if source.pictures else ())):
+            values = best.evaluate(*part.test, key=random.key(seed), likelihood=True)
+            _print_against_baselines(values, part, "test", best)
+    print(f"wrote {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
 
 
 @command
@@ -299,7 +312,7 @@ def eval_(argv):
             print(json.dumps(facts | ({"classes": classes} if classes else {}), indent=1))
         else:
             rows = [{"on": f"{arguments.split} of {part.name}", **values} for part, values in zip(parts, found, strict=True)]
-            print(plots.table(rows, shutil.get_terminal_size().columns))
+            print(plots.table(rows, _width()))
             for part, values in zip(parts, found, strict=True) if hasattr(model, "bits_per_dim") else ():
                 _print_against_baselines(values, part, arguments.split, model)
 
@@ -314,8 +327,8 @@ def score(argv):
     parser.add_argument("--data", help="by default that of the training")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test", "all"))
     parser.add_argument("--out", help="a .npy for the numbers, in the order of the inputs")
-    parser.add_argument("--batch-size", type=_positive, default=256)
-    parser.add_argument("--lowest", type=_not_negative, default=5, help="how many of the most surprising inputs are listed")
+    parser.add_argument("--batch-size", type=_at_least(1), default=256)
+    parser.add_argument("--lowest", type=_at_least(0), default=5, help="how many of the most surprising inputs are listed")
     arguments = parser.parse_args(argv)
     with _words("score"):
         import torch
@@ -331,16 +344,9 @@ def score(argv):
         parts = ("train", "validation", "test") if arguments.split == "all" else (arguments.split,)
         inputs = torch.cat([source.split(part)[0] for part in parts])
         labels = None if source.train[1] is None else torch.cat([source.split(part)[1] for part in parts])
-        if "labels" in model.conditions and labels is None:
-            raise ValueError(f"this {type(model).__name__} needs labels, and {source.name} has none")
-        device = next(model.parameters()).device
-        keys, scores = random.split(random.key(arguments.seed), len(inputs)), []
-        for i in range(0, len(inputs), arguments.batch_size):
-            rows = slice(i, i + arguments.batch_size)
-            conditions = {"labels": labels[rows].to(device)} if "labels" in model.conditions else {}
-            with torch.no_grad():
-                scores.append(model.log_prob(inputs[rows].to(device), key=keys[rows].to(device), **conditions).double().cpu())
-        scores = torch.cat(scores)
+        batches = model.batches(inputs, labels, random.key(arguments.seed), arguments.batch_size)
+        with torch.no_grad():
+            scores = torch.cat([model.log_prob(x, key=k, **conditions).double().cpu() for x, k, conditions in batches])
         order = scores.argsort()
         quantile = lambda q: float(scores[order[min(len(order) - 1, int(q * len(order)))]])
         row = {"inputs": len(scores), "mean": float(scores.mean()), "std": float(scores.std(correction=0))}
@@ -360,7 +366,7 @@ def score(argv):
 def traverse(argv):
     """Walk along each direction of a model's latent space, a row of images each: genkern traverse run --out traverse.png"""
     parser = _run_parser("traverse", traverse)
-    parser.add_argument("--steps", type=_positive, default=9)
+    parser.add_argument("--steps", type=_at_least(1), default=9)
     parser.add_argument("--out", default="traverse.png")
     arguments = parser.parse_args(argv)
     with _words("traverse"):
@@ -438,19 +444,18 @@ class _Parser(argparse.ArgumentParser):
         super().error(message + (f"; did you mean {close[0]}?" if close else ""))
 
 
-def _positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+def _at_least(least):
+    def read(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    read.__name__ = "int"  # what argparse names in its error
+    return read
 
 
-def _not_negative(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return int(text)
-
-
-_positive.__name__ = _not_negative.__name__ = "int"  # what argparse names in its error
+def _width():
+    return shutil.get_terminal_size().columns
 
 
 def _device(name, local=0):

@@ -72,6 +72,11 @@ class Data:
         return parts
 
 
+def check_data(name, data):
+    if not isinstance(data, Data):
+        raise TypeError(f"{name}: data must be a genkern.data.Data, such as genkern.data.load() gives, got {type(data).__name__}")
+
+
 def load(source, *, window=None):
     """The Data of source, a built-in name or a path; the splits are the same on every machine.
 

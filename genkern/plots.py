@@ -5,6 +5,7 @@ import math
 import torch
 
 from genkern._extras import extra
+from genkern.ops._common import check_int, check_tensor
 
 
 def grid(images, *, levels=None, columns=None, scale=None):
@@ -16,6 +17,9 @@ def grid(images, *, levels=None, columns=None, scale=None):
     if not isinstance(images, torch.Tensor) or images.dim() not in (4, 5) or images.shape[-3] not in (1, 3) or images.numel() == 0:
         found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"grid: images must be (N, C, H, W) with C 1 or 3 and N at least 1, got {found}")
+    for name, value in (("levels", levels), ("columns", columns), ("scale", scale)):
+        if value is not None:
+            check_int("grid", name, value)
     if images.dim() == 5:
         columns, images = images.shape[1], images.flatten(0, 1)
     x = images.detach().cpu()
@@ -51,6 +55,7 @@ def spectrograms(sounds, *, size=256, floor=80):
     if not isinstance(sounds, torch.Tensor) or sounds.dim() != 3 or sounds.shape[1] != 1 or sounds.numel() == 0:
         found = tuple(sounds.shape) if isinstance(sounds, torch.Tensor) else type(sounds).__name__
         raise ValueError(f"spectrograms: sounds must be (N, 1, L) with N and L at least 1, got {found}")
+    check_int("spectrograms", "size", size, 4)
     x = torch.nn.functional.pad(sounds[:, 0].detach().cpu().float(), (size // 2, size // 2))
     power = torch.stft(x, size, size // 4, window=torch.hann_window(size), center=False, return_complex=True).abs() ** 2  # (N, F, T)
     decibels = 10 * torch.log10(power / power.max().clamp(min=1e-12) + 1e-12)
@@ -62,8 +67,9 @@ def spectrograms(sounds, *, size=256, floor=80):
 def curves(history):
     """A matplotlib figure of a history that fit() returned (or history.json): the losses in training and validation per epoch."""
     Figure = extra("curves", "matplotlib.figure", "matplotlib").Figure  # without pyplot: no window, no global state
-    if not history:
-        raise ValueError("curves: the history is empty")
+    if not isinstance(history, list) or not history:
+        got = "an empty list" if history == [] else type(history).__name__
+        raise ValueError(f"curves: history must be the list that fit() returned, one dict per epoch, got {got}")
     names = [name for name in history[-1] if name not in ("epoch", "seconds") and not name.startswith("validation_")]
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -83,8 +89,12 @@ def density(model, points=None, *, bounds=None, steps=200, **conditions):
     bounds: (left, right, bottom, top), by default those of the points and a fifth more. conditions: of log_prob, such as labels=3.
     """
     Figure = extra("density", "matplotlib.figure", "matplotlib").Figure
-    if points is not None and (points.dim() != 2 or points.shape[1] != 2 or len(points) == 0):
-        raise ValueError(f"density: points must be (N, 2), got {tuple(points.shape)}")
+    if not hasattr(model, "log_prob"):
+        raise TypeError(f"density: model must have a log_prob, got {type(model).__name__}")
+    if points is not None:
+        check_tensor("density", "points", points)
+        if points.dim() != 2 or points.shape[1] != 2 or len(points) == 0:
+            raise ValueError(f"density: points must be (N, 2), got {tuple(points.shape)}")
     if bounds is None:
         if points is None:
             raise ValueError("density: give points or bounds")
@@ -105,11 +115,16 @@ def density(model, points=None, *, bounds=None, steps=200, **conditions):
 
 
 def table(rows, width=80):
-    """Text of dicts with one row each, no wider than `width`: the columns that do not fit are left out, as the last line says."""
+    """Text of dicts with one row each, no wider than `width`: the columns that do not fit are left out, as the last line says.
+
+    One row alone that does not fit is a line for each column.
+    """
     cell = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)
     names, widths, left = list(rows[0]), [], []
     for name in names:
         widths.append(max(len(name), *(len(cell(row.get(name, ""))) for row in rows)))
+    if len(rows) == 1 and sum(widths) + 2 * (len(names) - 1) > width:
+        return "\n".join(f"{name:{max(map(len, names))}}  {cell(rows[0][name])}" for name in names)
     while len(names) > 1 and sum(widths) + 2 * (len(names) - 1) > width:
         left.append(names.pop())
         widths.pop()

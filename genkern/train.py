@@ -42,7 +42,7 @@ import torch
 
 from genkern import checkpoint, random
 from genkern._version import __version__
-from genkern.data import Data
+from genkern.data import check_data
 from genkern.models._base import Model, Training, is_sharded, write
 from genkern.ops._common import check_choice, check_int, check_number
 
@@ -61,11 +61,10 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     """
     core = getattr(model, "_orig_mod", model)
     core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
-    if not isinstance(core, Model):
-        raise TypeError(f"fit: model must be one of genkern.models, got {type(core).__name__}")
-    if not isinstance(data, Data):
-        raise TypeError(f"fit: data must be a genkern.data.Data, such as genkern.data.load() gives, got {type(data).__name__}")
+    _check_model("fit", core)
+    check_data("fit", data)
     settings = _settings(core, training)
+    shuffle, noise, validation = random.split(random.key(seed), 3)
     if save_every is not None:
         check_int("fit", "save_every", save_every)
     if resume and out is None:
@@ -92,7 +91,6 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
                 torch.distributed.broadcast(x, 0)
         run.restart_ema()
 
-    shuffle, noise, validation = random.split(random.key(seed), 3)
     device = next(core.parameters()).device
     sharded = is_sharded(core.parameters())
     takes_part = sharded or rank == 0  # in evaluating and saving: a sharded model needs all its parts
@@ -149,6 +147,8 @@ def sample(model, n, *, key, batch_size=256, **conditions):
     For models whose sample() takes one key per sample. conditions: tensors with n rows, or the same for all. With a sharded model,
     whose parts come together for each layer, all processes draw all samples.
     """
+    _check_model("sample", model)
+    check_int("sample", "n", n, 0)
     if is_sharded(model.parameters()):
         return _gathering(model, "sample")(n, key=random.split(key, n), batch_size=batch_size, **conditions)
     rank, world = _rank_and_world()
@@ -163,6 +163,11 @@ def sample(model, n, *, key, batch_size=256, **conditions):
     parts = [torch.empty_like(padded) for _ in range(world)]
     torch.distributed.all_gather(parts, padded)
     return torch.cat(parts)[:n]
+
+
+def _check_model(name, model):
+    if not isinstance(model, Model):
+        raise TypeError(f"{name}: model must be one of genkern.models, got {type(model).__name__}")
 
 
 class _Run:

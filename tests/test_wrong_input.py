@@ -1,11 +1,14 @@
 """Every public op and draw, given one wrong argument after another: TypeError, ValueError or IndexError in words, nothing written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from genkern import data, models, nn, ops, random, samplers
+from genkern import data, metrics, models, nn, ops, plots, random, samplers
 from genkern.random import key
 from genkern.train import fit
+from genkern.train import sample as draw
 
 
 def r(*shape):
@@ -183,6 +186,7 @@ def test_layers_refuse_in_words(make, words):
 
 
 VAE, CLASSES = models.VAEConfig(levels=16, width=4, hidden=8, latent=2), dict(classes=3, levels=16, width=4, hidden=8, latent=2)
+POINTS = data.Data("points", *[(r(20, 2), None)] * 3, shape=(2,), levels=None)
 IMAGES, DDIM = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), samplers.by_name("ddim", samplers.Schedule.cosine(), 2)
 
 
@@ -202,12 +206,43 @@ IMAGES, DDIM = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), samplers.by_name("ddi
         (lambda: models.VAE(VAE).sample(2, labels=1), "unexpected keyword argument 'labels'"),
         (lambda: models.NICE(models.NICEConfig(shape=(2,))).sample(2, temperature="hot"), "temperature must be a number"),
         (lambda: models.NICE(models.NICEConfig(shape=(2,))).sample(2, temperature=-1), "temperature must not be negative"),
+        (lambda: models.ConditionalGAN(models.ConditionalGANConfig(classes=3)).sample(2, labels=3), r"must be in 0\.\.2"),
+        (lambda: models.GAN(models.GANConfig(r1=-1.0)), "gradient_penalty and r1 must be at least 0"),
+        (lambda: models.VAE.config_for(IMAGES), "VAE: needs a genkern.data set, got Tensor"),
+        (lambda: models.VAE(VAE).decode(3), r"VAE: latents must be \(N, 2\), got int"),
+        (lambda: models.VAE(VAE).traverse(r(3)), r"VAE: z must be one latent \(2,\), got \(3,\)"),
+        (lambda: models.VAE(VAE).interpolate(IMAGES, IMAGES[:1]), "as many images in a as in b, got 2 and 1"),
+        (lambda: models.VAE(VAE).evaluate("images", key=KEY), "VAE: inputs must be a tensor, got str"),
+        (lambda: models.VAE(replace(VAE, beta=-1.0)), "VAE: beta must be at least 0, got -1.0"),
+        (lambda: models.ConditionalVAE(models.ConditionalVAEConfig(**CLASSES)).evaluate(IMAGES, key=KEY), "labels of the 2 inputs"),
+        (lambda: models.ConditionalVAE(models.ConditionalVAEConfig(**CLASSES)).traverse(labels=3), r"must be in 0\.\.2"),
+        (lambda: metrics.report(1, 2), "report: data must be a genkern.data.Data"),
+        (lambda: metrics.report(1, POINTS), "report: samples must be a tensor, got int"),
+        (lambda: metrics.report(IMAGES, POINTS, classifier=3), "report: classifier must be a Classifier, got int"),
+        (lambda: metrics.Classifier.of(IMAGES), "Classifier: data must be a genkern.data.Data"),
+        (lambda: metrics.baselines(IMAGES), "baselines: data must be a genkern.data.Data"),
+        (lambda: metrics.Gaussian(IMAGES), "Gaussian: data must be a genkern.data.Data"),
+        (lambda: metrics.Gaussian(POINTS).log_prob(r(4, 3)), r"Gaussian: inputs must be \(N, ...\) of 2 numbers each, got \(4, 3\)"),
+        (lambda: metrics.histogram_log_prob(POINTS, r(2, 2)), "needs uint8 data, and points is float"),
+        (lambda: metrics.frechet_distance({}, r(3, 2)), "frechet_distance: a must be a tensor or an array of numbers, got dict"),
+        (lambda: metrics.class_shares(None, 3), "class_shares: labels must be a tensor or an array of numbers, got NoneType"),
+        (lambda: metrics.ngram_bits(IMAGES, IMAGES, 2), r"ngram_bits: train must be integers \(N, T\)"),
+        (lambda: metrics.lpc_bits(i(1, 2)[None], r(1)), "lpc_bits: amplitudes must ascend"),
+        (lambda: metrics.lpc_bits(i(1, 5)[None], TABLE.flip(0)), r"lpc_bits: levels must be in 0\.\.4, got 1\.\.5"),
+        (lambda: metrics.png_bits([]), "png_bits: there are no pictures"),
+        (lambda: metrics.png_bits([r(3, 4, 4)]), "png_bits: each picture must be uint8"),
+        (lambda: plots.grid(IMAGES, columns=0), "grid: columns must be an int of at least 1, got 0"),
+        (lambda: plots.spectrograms(r(1, 1, 99), size=1.5), "spectrograms: size must be an int"),
+        (lambda: plots.curves(3), "curves: history must be the list that fit"),
+        (lambda: plots.density(3), "density: model must have a log_prob, got int"),
+        (lambda: draw(3, 2, key=KEY), "sample: model must be one of genkern.models, got int"),
+        (lambda: fit(models.VAE(VAE), POINTS, seed="one"), "seed must be an int, got str"),
         (lambda: data.load(None), "source must be a name or a path, got NoneType"),
         (lambda: fit(torch.nn.Linear(2, 2), None), "model must be one of genkern.models, got Linear"),
         (lambda: fit(models.VAE(VAE), IMAGES), "data must be a genkern.data.Data"),
     ],
 )
-def test_models_samplers_and_training_refuse_in_words(make, words):
+def test_models_samplers_metrics_and_training_refuse_in_words(make, words):
     with pytest.raises((TypeError, ValueError), match=words):
         make()
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from genkern.data import check_data
 from genkern.metrics._coders import lpc_bits, ngram_bits, png_bits
 from genkern.metrics._densities import Gaussian, histogram_log_prob
 from genkern.ops import mu_law_decode
@@ -17,6 +18,7 @@ def baselines(data, split="test", model=None):
     pictures' whole held-out parts, on any split.
     Text: "bigram" and "5-gram" counts. Sound: "linear prediction" of the levels that `model` gives probabilities of, where it does.
     """
+    check_data("baselines", data)
     train, held_out = data.train[0], data.split(split)[0]
     if data.window is None:
         nats = {"full-covariance Gaussian": Gaussian(data).log_prob(held_out)}

@@ -3,8 +3,10 @@
 import torch
 
 from genkern._extras import extra
+from genkern.data import check_data
 from genkern.metrics import _distances
 from genkern.models._base import ink
+from genkern.ops._common import check_int, check_tensor
 
 
 class Classifier:
@@ -18,11 +20,11 @@ class Classifier:
     def __init__(self, images, labels, *, levels=255, features=64, seed=0):
         MLPClassifier = extra("Classifier", "sklearn.neural_network", "scikit-learn").MLPClassifier
         SVC = extra("Classifier", "sklearn.svm", "scikit-learn").SVC
-        self.levels, self.shape = levels, tuple(images.shape[1:])
+        for name, value, least in (("levels", levels, 1), ("features", features, 1), ("seed", seed, 0)):
+            check_int("Classifier", name, value, least)
+        self.levels, self.shape = levels, tuple(getattr(images, "shape", ())[1:])
         x = self._pixels(images)
-        labels = torch.as_tensor(labels).cpu()
-        if labels.shape != (len(x),) or labels.is_floating_point():
-            raise ValueError(f"Classifier: labels must be integers ({len(x)},), got {labels.dtype} {tuple(labels.shape)}")
+        labels = _distances.integers("Classifier", labels, len(x))
         self.classes = int(labels.max()) + 1
         if self.classes < 2 or len(labels.unique()) < self.classes:
             raise ValueError(f"Classifier: labels must be 0..{self.classes - 1}, each at least once, and of two classes or more")
@@ -33,6 +35,7 @@ class Classifier:
     @classmethod
     def of(cls, data, **settings):
         """Trained on the training split of a genkern.data set with labels."""
+        check_data("Classifier", data)
         images, labels = data.train
         if labels is None or data.levels is None or len(data.shape) != 3:
             raise ValueError(f"Classifier: needs uint8 images with labels, and {data.name} is not such")
@@ -44,10 +47,8 @@ class Classifier:
 
     def accuracy(self, images, labels):
         """The share of the images that show their label."""
-        labels = torch.as_tensor(labels).cpu()
-        if labels.shape != (len(images),):
-            raise ValueError(f"Classifier: labels must be ({len(images)},), got {tuple(labels.shape)}")
-        return float((self.labels(images) == labels).double().mean())
+        shown = self.labels(images)
+        return float((shown == _distances.integers("Classifier", labels, len(shown))).double().mean())
 
     def shares(self, images):
         """The share of each class among the images: float64 (classes,)."""
@@ -61,7 +62,8 @@ class Classifier:
 
     def _pixels(self, images):
         """numpy (N, pixels) of ink in [0, 1]."""
-        x = ink(images.detach().cpu() if isinstance(images, torch.Tensor) else images, self.levels)
+        check_tensor("Classifier", "images", images)
+        x = ink(images.detach().cpu(), self.levels)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"Classifier: images must be (N, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         if len(x) == 0:
@@ -86,7 +88,11 @@ def report(samples, data, labels=None, *, classifier=None):
 
     samples: at least as many as the data's validation and test images together. classifier: by default Classifier.of(data).
     """
+    check_data("report", data)
+    check_tensor("report", "samples", samples)
     judge = Classifier.of(data) if classifier is None else classifier
+    if not isinstance(judge, Classifier):
+        raise TypeError(f"report: classifier must be a Classifier, got {type(judge).__name__}")
     train, held = data.train[0], torch.cat([data.validation[0], data.test[0]])
     if len(samples) < len(held):
         raise ValueError(f"report: needs at least {len(held)} samples, as many as held-out images, got {len(samples)}")

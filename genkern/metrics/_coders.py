@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from genkern.ops._common import check_int
+from genkern.ops._common import check_int, check_tensor
 
 
 def ngram_bits(train, test, order, *, vocabulary=256):
@@ -16,6 +16,13 @@ def ngram_bits(train, test, order, *, vocabulary=256):
     the different symbols seen there; a context that was never seen is shortened, and below the empty one is the uniform distribution.
     """
     check_int("ngram_bits", "order", order)
+    check_int("ngram_bits", "vocabulary", vocabulary)
+    for name, x in (("train", train), ("test", test)):
+        check_tensor("ngram_bits", name, x)
+        whole = x.dim() == 2 and not x.is_floating_point() and x.numel() > 0
+        if not whole or int(x.min()) < 0 or int(x.max()) >= vocabulary:
+            got = f"{x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"ngram_bits: {name} must be integers (N, T) in 0..{vocabulary - 1}, N and T at least 1, got {got}")
     train, test = train.long(), test.long()
     discount, p = 0.75, torch.full(test.shape, 1 / vocabulary, dtype=torch.float64)
     for length in range(1, order + 1):  # of the context and its symbol
@@ -37,8 +44,13 @@ def png_bits(pictures):
     """Bits per value of pictures, uint8 (1 or 3, H, W) each, as PNG files of Pillow's best compression, headers included: a float."""
     from PIL import Image
 
-    written = io.BytesIO()
+    pictures, written = list(pictures), io.BytesIO()
+    if not pictures:
+        raise ValueError("png_bits: there are no pictures")
     for picture in pictures:
+        check_tensor("png_bits", "each picture", picture, torch.uint8)
+        if picture.dim() != 3 or len(picture) not in (1, 3) or picture.numel() == 0:
+            raise ValueError(f"png_bits: each picture must be (1 or 3, H, W), got {tuple(picture.shape)}")
         pixels = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
         Image.fromarray(pixels.contiguous().numpy()).save(written, "PNG", optimize=True)
     return 8 * written.tell() / sum(picture.numel() for picture in pictures)
@@ -66,9 +78,15 @@ def lpc_bits(levels, amplitudes, *, orders=(0, 1, 2, 4, 8, 16, 32), coefficient_
     each level by a Laplace distribution around the prediction, integrated over the level's bin: the ideal length of an arithmetic
     coder. Order and scale are the best of each block.
     """
-    if levels.dim() != 2 or levels.is_floating_point():
-        raise ValueError(f"lpc_bits: levels must be integers (N, L), got {levels.dtype} {tuple(levels.shape)}")
+    check_tensor("lpc_bits", "levels", levels)
+    if levels.dim() != 2 or levels.is_floating_point() or levels.numel() == 0:
+        raise ValueError(f"lpc_bits: levels must be integers (N, L), N and L at least 1, got {levels.dtype} {tuple(levels.shape)}")
+    check_tensor("lpc_bits", "amplitudes", amplitudes)
     a = amplitudes.double()
+    if a.dim() != 1 or len(a) < 2 or not (a[1:] > a[:-1]).all():
+        raise ValueError(f"lpc_bits: amplitudes must ascend, at least 2 of them, got shape {tuple(a.shape)}")
+    if levels.min() < 0 or levels.max() >= len(a):
+        raise ValueError(f"lpc_bits: levels must be in 0..{len(a) - 1}, got {int(levels.min())}..{int(levels.max())}")
     edges = torch.cat([a.new_tensor([-math.inf]), (a[1:] + a[:-1]) / 2, a.new_tensor([math.inf])])
     x = a[levels]
     low, high = edges[levels], edges[levels + 1]

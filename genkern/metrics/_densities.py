@@ -4,16 +4,23 @@ import math
 
 import torch
 
+from genkern.data import check_data
+from genkern.ops._common import check_tensor
+
 SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def histogram_log_prob(data, inputs):
     """(N,) float64 in nats: each pixel by its own histogram over data.train, every count one larger."""
+    check_data("histogram_log_prob", data)
+    if data.levels is None:
+        raise ValueError(f"histogram_log_prob: needs uint8 data, and {data.name} is float")
+    inputs = _rows("histogram_log_prob", inputs, math.prod(data.shape))
     train, levels = data.train[0].flatten(1).long(), data.levels + 1
     counts = torch.ones(train.shape[1], levels, dtype=torch.float64)
     counts.scatter_add_(1, train.t(), torch.ones(train.t().shape, dtype=torch.float64))
     log_p = (counts / counts.sum(1, keepdim=True)).log()
-    return log_p.gather(1, inputs.flatten(1).long().t()).sum(0)
+    return log_p.gather(1, inputs.long().t()).sum(0)
 
 
 class Gaussian:
@@ -25,7 +32,8 @@ class Gaussian:
     """
 
     def __init__(self, data):
-        train = self._numbers(data.train[0])
+        check_data("Gaussian", data)
+        train = data.train[0].flatten(1).double()
         self.mean = train.mean(0)
         centred = train - self.mean
         covariance = centred.t() @ centred / len(train)
@@ -49,7 +57,7 @@ class Gaussian:
 
     def log_prob(self, inputs):
         """(N,) float64 in nats."""
-        x = self._numbers(inputs)
+        x = _rows("Gaussian", inputs, len(self.mean)).double()
         whitened = torch.linalg.solve_triangular(self._factor, (x - self.mean).t(), upper=False)
         squares = whitened.square().sum(0)
         if self.noise:  # the mean of u' P u is the trace of P / 12
@@ -58,5 +66,10 @@ class Gaussian:
         log_det = 2 * self._factor.diagonal().log().sum()
         return -0.5 * (squares + log_det + x.shape[1] * math.log(2 * math.pi))
 
-    def _numbers(self, inputs):
-        return inputs.flatten(1).double()
+
+def _rows(name, inputs, width):
+    """(N, width): the numbers of each input."""
+    check_tensor(name, "inputs", inputs)
+    if inputs.dim() < 2 or inputs[:1].numel() not in (0, width):
+        raise ValueError(f"{name}: inputs must be (N, ...) of {width} numbers each, got {tuple(inputs.shape)}")
+    return inputs.flatten(1)

@@ -79,16 +79,31 @@ def nearest_neighbours(samples, train):
 
 def class_shares(labels, classes):
     """The share of each class among labels (N,), int64 in 0..classes - 1: float64 (classes,), its sum 1. A missing mode shows as 0."""
-    labels = torch.as_tensor(labels)
-    if labels.dim() != 1 or labels.is_floating_point() or len(labels) == 0:
-        raise ValueError(f"class_shares: labels must be integers (N,), N at least 1, got {labels.dtype} {tuple(labels.shape)}")
+    check_int("class_shares", "classes", classes)
+    labels = integers("class_shares", labels)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"class_shares: labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-    return torch.bincount(labels.cpu(), minlength=classes).double() / len(labels)
+    return torch.bincount(labels, minlength=classes).double() / len(labels)
+
+
+def integers(name, labels, n=None):
+    """Labels (N,) on the CPU; n: how many there must be, by default at least 1."""
+    labels = _tensor(name, "labels", labels).cpu()
+    if labels.dim() != 1 or labels.is_floating_point() or len(labels) == 0 or n not in (None, len(labels)):
+        wanted = "(N,), N at least 1" if n is None else f"({n},)"
+        raise ValueError(f"{name}: labels must be integers {wanted}, got {labels.dtype} {tuple(labels.shape)}")
+    return labels
+
+
+def _tensor(name, which, x):
+    try:
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: {which} must be a tensor or an array of numbers, got {type(x).__name__}") from None
 
 
 def _features(name, which, x, least=1):
-    x = torch.as_tensor(x)
+    x = _tensor(name, which, x)
     if x.dim() != 2 or len(x) < least:
         raise ValueError(f"{name}: {which} must be (N, d) with N at least {least}, got {tuple(x.shape)}")
     x = x.detach().cpu().double()

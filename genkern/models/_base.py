@@ -29,13 +29,13 @@ class Output(NamedTuple):
 class Training:
     """Defaults with which `genkern train` trains a model; every one of them is an option there."""
 
-    epochs: int = 100
-    batch_size: int = 64
+    epochs: int = 100  # passes over the training data
+    batch_size: int = 64  # of all processes together
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup: int = 0  # steps over which the learning rate rises from 0
     schedule: str = "constant"  # or "cosine": falls to 0 over all steps
-    clip_grad_norm: float | None = None
+    clip_grad_norm: float | None = None  # the largest norm of a gradient, of all weights together
     ema: float | None = None  # decay of the averaged weights that are evaluated, sampled from and kept; None: the weights themselves
     precision: str = "float32"  # or "bfloat16": forward under autocast
 
@@ -102,14 +102,8 @@ class Model(torch.nn.Module):
 
         likelihood: also the means of log_prob and bits_per_dim, where the model has them. Noise is one stream per sample.
         """
-        if len(inputs) == 0:
-            raise ValueError(f"{type(self).__name__}: no inputs to evaluate")
-        device, keys, sums = next(self.parameters()).device, random.split(key, len(inputs)), {}
-        names = list(self.objectives())
-        for start in range(0, len(inputs), batch_size):
-            part = slice(start, start + batch_size)
-            x, k = inputs[part].to(device), keys[part].to(device)
-            conditions = {"labels": labels[part].to(device)} if "labels" in self.conditions else {}
+        names, sums = list(self.objectives()), {}
+        for x, k, conditions in self.batches(inputs, labels, key, batch_size):
             values = {}
             for name in reversed(names):  # the first objective's loss is "loss"
                 output = self(x, key=k, **conditions, **({"objective": name} if len(names) > 1 else {}))
@@ -117,13 +111,26 @@ class Model(torch.nn.Module):
             if likelihood:
                 for name in ("log_prob", "bits_per_dim"):
                     if hasattr(self, name):
-                        step_key = random.fold_in(key, start)
-                        values[name] = getattr(self, name)(x, key=step_key, **conditions).mean()
+                        values[name] = getattr(self, name)(x, key=k, **conditions).mean()
                 if values.get("bits_per_dim") is not None and values["bits_per_dim"].isnan():
                     del values["bits_per_dim"]  # the likelihood is no probability of the levels
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(x)
         return {name: total / len(inputs) for name, total in sums.items()}
+
+    def batches(self, inputs, labels, key, batch_size=256):
+        """(inputs, keys, conditions) of one batch after the other, on the model's device; one key per input, (n, 2), from key (2,)."""
+        name, needed = type(self).__name__, "labels" in self.conditions
+        check_tensor(name, inputs)
+        check_int(name, "batch_size", batch_size)
+        if inputs.dim() == 0 or len(inputs) == 0:
+            raise ValueError(f"{name}: there are no inputs")
+        if needed and (not isinstance(labels, torch.Tensor) or labels.dim() == 0 or len(labels) != len(inputs)):
+            got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(f"{name}: needs labels of the {len(inputs)} inputs, a tensor, got {got}")
+        device, keys = next(self.parameters()).device, random.split(key, len(inputs))
+        for part in (slice(i, i + batch_size) for i in range(0, len(inputs), batch_size)):
+            yield inputs[part].to(device), keys[part].to(device), {"labels": labels[part].to(device)} if needed else {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -215,6 +222,21 @@ def ink(images, levels):
     elif outside.any():
         raise ValueError(f"images of {images.dtype} must be in [{low}, {high}], found [{x.min():g}, {x.max():g}]")
     return (x - low) / (high - low)
+
+
+def square_images(name, data):
+    """What a Config says of a genkern.data set of square uint8 images, which the model `name` needs."""
+    if not hasattr(data, "levels"):
+        raise TypeError(f"{name}: needs a genkern.data set, got {type(data).__name__}")
+    if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
+        got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)} of {data.name}"
+        raise ValueError(f"{name}: needs square images of uint8, got {got}")
+    return {"channels": data.shape[0], "size": data.shape[1], "levels": data.levels}
+
+
+def of_each(conditions, change):
+    """The conditions, those with a row for each sample changed: a number is of all samples, and stays."""
+    return {name: change(x) if isinstance(x, torch.Tensor) and x.dim() else x for name, x in conditions.items()}
 
 
 def signed(name, images, config):

@@ -143,6 +143,9 @@ def test_help_and_a_missing_name(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "toy-images", "--help"])
     assert caught.value.code == 0 and "--learning-rate X" in (out := capsys.readouterr().out) and "--scale X" in out
+    with pytest.raises(SystemExit):
+        main(["train", "beta-vae", "--help"])
+    assert "(default: 4.0) weight of the divergence" in capsys.readouterr().out  # the comment behind the field, here of VAE's
     assert "required: name" in refused(capsys, "train")
     assert "the name of the model comes first" in refused(capsys, "train", "--data", "digits")
 

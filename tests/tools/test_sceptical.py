@@ -184,6 +184,9 @@ def test_evaluate_counts_every_input_once():
     whole = model.evaluate(x, labels, key=genkern.random.key(0), likelihood=True)
     parts = model.evaluate(x, labels, key=genkern.random.key(0), batch_size=3, likelihood=True)
     assert whole == pytest.approx(parts) and whole["loss"] == pytest.approx(-model.log_prob(x, labels=labels).mean().item())
+    noisy = vae(likelihood="discretized_logistic")
+    whole, parts = (noisy.evaluate(x, key=genkern.random.key(0), batch_size=n, likelihood=True) for n in (10, 3))
+    assert whole == pytest.approx(parts, rel=1e-5) and whole["bits_per_dim"] > 0  # each input has its noise
 
 
 def test_a_grid_in_a_notebook():
@@ -208,5 +211,7 @@ def test_curves_and_table():
     history = fit(toy(), points(), epochs=2, progress=False)
     figure = plots.curves(history)
     assert [axes.get_title() for axes in figure.axes] == ["loss", "size"] and len(figure.axes[0].lines) == 2
-    text = plots.table([{"a": 1.23456789, "long name": 2, "more": 3}], width=16)
-    assert text.splitlines() == ["    a  long name", "1.235          2", "(not shown: more)"]
+    row = {"a": 1.23456789, "long name": 2, "more": 3}
+    text = plots.table([row, row], width=16)
+    assert text.splitlines() == ["    a  long name", "1.235          2", "1.235          2", "(not shown: more)"]
+    assert plots.table([row], width=16).splitlines() == ["a          1.235", "long name  2", "more       3"]

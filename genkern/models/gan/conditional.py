@@ -11,7 +11,7 @@ from genkern.models.gan.gan import GAN, GANConfig
 
 @dataclass
 class ConditionalGANConfig(GANConfig):
-    classes: int = 10
+    classes: int = 10  # labels are 0..classes - 1
 
 
 class ConditionalGAN(GAN):

@@ -11,6 +11,7 @@ diverged generator; genkern.metrics judges with an independent classifier. The g
 the average over training (Training.ema).
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch.func import functional_call
 
 from genkern import random
 from genkern.metrics._distances import frechet_distance
-from genkern.models._base import Model, Output, Training, signed
+from genkern.models._base import Model, Output, Training, of_each, signed, square_images
 from genkern.models.gan.losses import LOSSES, discriminator_loss, generator_loss, gradient_penalty, r1_penalty
 from genkern.models.gan.networks import NETWORKS, NORMS, Discriminator, generator
 
@@ -32,14 +33,14 @@ class GANConfig:
     channels: int = 1
     size: int = 8  # height and width; for "conv" a multiple of 2^resolutions
     levels: int = 255  # uint8 images hold 0..levels
-    latent: int = 32
-    network: str = "mlp"  # or "conv"
+    latent: int = 32  # dimensions of z
+    network: str = "mlp"  # "mlp" or "conv"
     hidden: int = 256  # mlp: units of a layer
     width: int = 32  # conv: channels at full resolution; twice as many at every halving but the first
     resolutions: int = 2  # conv: how often the size is halved
     norm: str = "none"  # of the generator: "none", "batch" or "group"
     critic_norm: str = "none"  # of the discriminator, where spectral_norm is off
-    loss: str = "non_saturating"  # "minimax", "hinge" or "wasserstein": losses.py
+    loss: str = "non_saturating"  # "non_saturating", "minimax", "hinge" or "wasserstein": losses.py
     spectral_norm: bool = False  # of the discriminator's layers (Miyato et al., 2018)
     gradient_penalty: float = 0.0  # weight of (|grad| - 1)^2 between real and generated images
     r1: float = 1.0  # weight of |grad|^2 / 2 on real images: without it, these small networks collapse
@@ -55,10 +56,7 @@ class GAN(Model):
 
     @classmethod
     def config_for(cls, data, **settings):
-        if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
-            got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)}"
-            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {got} of {data.name}")
-        return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
+        return cls.Config(**{**square_images(cls.__name__, data), **settings})
 
     def __init__(self, config):
         super().__init__(config)
@@ -70,6 +68,8 @@ class GAN(Model):
             raise ValueError(f"{name}: levels must be in 1..255, got {c.levels}")
         if c.network == "conv" and (c.resolutions < 1 or c.size < 1 << c.resolutions or c.size % (1 << c.resolutions)):
             raise ValueError(f"{name}: size must be a multiple of {1 << max(1, c.resolutions)}, got {c.size}")
+        if c.gradient_penalty < 0 or c.r1 < 0:
+            raise ValueError(f"{name}: gradient_penalty and r1 must be at least 0, got {c.gradient_penalty} and {c.r1}")
         if (c.gradient_penalty or c.r1) and c.critic_norm == "batch" and not c.spectral_norm:
             raise ValueError(f"{name}: gradient_penalty and r1 need a critic that scores each image alone: critic_norm none or group")
         self._check_lipschitz()
@@ -128,10 +128,9 @@ class GAN(Model):
         """
         keys = self.sample_keys(n, key, generator, batch_size)
         images = []
-        for start in range(0, max(n, 1), batch_size):
-            part = slice(start, start + batch_size)
+        for part in (slice(i, i + batch_size) for i in range(0, max(n, 1), batch_size)):
             z = random.normal(keys[part], (len(keys[part]), self.config.latent), device=keys.device)
-            images.append(self.decode(z, **{name: values[part] for name, values in conditions.items()}))
+            images.append(self.decode(z, **of_each(conditions, operator.itemgetter(part))))
         return ((torch.cat(images) + 1) / 2 * self.config.levels).round().to(torch.uint8)
 
     @torch.no_grad()

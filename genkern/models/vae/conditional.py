@@ -12,7 +12,7 @@ from genkern.models.vae.vae import VAE, VAEConfig
 
 @dataclass
 class ConditionalVAEConfig(VAEConfig):
-    classes: int = 10
+    classes: int = 10  # labels are 0..classes - 1
 
 
 class ConditionalVAE(VAE):
@@ -34,10 +34,9 @@ class ConditionalVAE(VAE):
         super().__init__(config)
         self.label_image = nn.Embedding(config.classes, config.channels * config.size**2)
 
-    def traverse(self, z=None, *, labels=None, **options):
-        """As VAE.traverse, of one label (1,), by default 0."""
-        labels = torch.zeros(1, dtype=torch.int64, device=next(self.parameters()).device) if labels is None else labels
-        return super().traverse(z, labels=labels, **options)
+    def traverse(self, z=None, *, labels=0, **options):
+        """As VAE.traverse, of one label, an int or (1,)."""
+        return super().traverse(z, labels=self._checked(labels, 1), **options)
 
     def _code_size(self):
         return self.config.latent + self.config.classes

@@ -14,6 +14,7 @@ The decoder's distribution is one of
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genkern import random
-from genkern.models._base import Model, Output, Training, check_tensor, signed
+from genkern.models._base import Model, Output, Training, check_tensor, of_each, signed, square_images
 from genkern.ops import (
     bernoulli_nll,
     discretized_logistic_nll,
@@ -31,7 +32,7 @@ from genkern.ops import (
     reparameterize,
     reparameterize_kl,
 )
-from genkern.ops._common import check_int
+from genkern.ops._common import check_int, check_number
 
 LIKELIHOODS = ("bernoulli", "gaussian", "discretized_logistic")
 
@@ -41,11 +42,11 @@ class VAEConfig:
     channels: int = 1
     size: int = 8  # height and width, a multiple of 2
     levels: int = 255  # uint8 images hold 0..levels
-    latent: int = 8
-    width: int = 16
-    hidden: int = 256
+    latent: int = 8  # dimensions of z
+    width: int = 16  # conv: channels at full resolution
+    hidden: int = 256  # units of the layers between pixels or channels and the latent
     beta: float = 1.0  # weight of the divergence in the loss (Higgins et al., 2017)
-    likelihood: str = "bernoulli"
+    likelihood: str = "bernoulli"  # or "gaussian", "discretized_logistic"
     network: str = "conv"  # or "mlp"
 
 
@@ -57,10 +58,7 @@ class VAE(Model):
 
     @classmethod
     def config_for(cls, data, **settings):
-        if data.levels is None or len(data.shape) != 3 or data.shape[1] != data.shape[2]:
-            got = f"{'float' if data.levels is None else 'uint8'} {tuple(data.shape)}"
-            raise ValueError(f"{cls.__name__}: needs square images of uint8, got {got} of {data.name}")
-        return cls.Config(**{"channels": data.shape[0], "size": data.shape[1], "levels": data.levels, **settings})
+        return cls.Config(**{**square_images(cls.__name__, data), **settings})
 
     def __init__(self, config):
         super().__init__(config)
@@ -73,6 +71,9 @@ class VAE(Model):
             raise ValueError(f"{name}: likelihood must be one of {', '.join(LIKELIHOODS)}, got {c.likelihood!r}")
         if c.network not in NETWORKS:
             raise ValueError(f"{name}: network must be one of {', '.join(NETWORKS)}, got {c.network!r}")
+        check_number(name, "beta", c.beta)
+        if not 0 <= c.beta < math.inf:
+            raise ValueError(f"{name}: beta must be at least 0, got {c.beta}")
         self.encoder, self.decoder = NETWORKS[c.network](c, self._code_size())
         if c.likelihood != "bernoulli":  # ln of the variance, or of the logistic scale
             self.log_scale = nn.Parameter(torch.full((c.channels, 1, 1), -2.0))
@@ -90,8 +91,9 @@ class VAE(Model):
 
     def decode(self, z, **conditions):
         """The mean image of p(x|z), float in [-1, 1]."""
-        if z.shape[1:] != (self.config.latent,):
-            raise ValueError(f"{type(self).__name__}: latents must be (N, {self.config.latent}), got {tuple(z.shape)}")
+        if not isinstance(z, torch.Tensor) or z.shape[1:] != (self.config.latent,):
+            got = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+            raise ValueError(f"{type(self).__name__}: latents must be (N, {self.config.latent}), got {got}")
         raw = self.decoder(self._code(z, **conditions))
         return 2 * torch.sigmoid(raw) - 1 if self.config.likelihood == "bernoulli" else raw.clamp(-1, 1)
 
@@ -103,11 +105,9 @@ class VAE(Model):
         batch the decoder may sum in another order, which rounding hides unless a pixel lies on the edge of two levels.)
         """
         keys = self.sample_keys(n, key, generator, batch_size)
-        batches = range(0, max(n, 1), batch_size)
-        of_all = lambda values: not isinstance(values, torch.Tensor) or values.dim() == 0
-        cut = lambda values, i: values if of_all(values) else values[i : i + batch_size]
-        rows = [{name: cut(values, i) for name, values in conditions.items()} for i in batches]
-        images = [self.decode(self._prior(keys[i : i + batch_size]), **row) for i, row in zip(batches, rows, strict=True)]
+        images = []
+        for part in (slice(i, i + batch_size) for i in range(0, max(n, 1), batch_size)):
+            images.append(self.decode(self._prior(keys[part]), **of_each(conditions, operator.itemgetter(part))))
         return self._levels(torch.cat(images))
 
     @torch.no_grad()
@@ -135,20 +135,29 @@ class VAE(Model):
 
         In row i z[i] goes from -span to span; the rest is as in z (latent,), by default 0.
         """
-        z = torch.zeros(self.config.latent, device=next(self.parameters()).device) if z is None else z
-        walks = z.repeat(self.config.latent, steps, 1)
-        for i in range(self.config.latent):
+        name, latent = type(self).__name__, self.config.latent
+        check_int(name, "steps", steps)
+        check_number(name, "span", span)
+        z = torch.zeros(latent, device=next(self.parameters()).device) if z is None else z
+        if not isinstance(z, torch.Tensor) or z.shape != (latent,):
+            got = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+            raise ValueError(f"{name}: z must be one latent ({latent},), got {got}")
+        walks = z.repeat(latent, steps, 1)
+        for i in range(latent):
             walks[i, :, i] = torch.linspace(-span, span, steps)
-        conditions = {name: value.expand(walks.shape[0] * steps) for name, value in conditions.items()}
+        conditions = of_each(conditions, lambda x: x.expand(latent * steps))
         return self._levels(self.decode(walks.flatten(0, 1), **conditions)).unflatten(0, (-1, steps))
 
     @torch.no_grad()
     def interpolate(self, a, b, *, steps=9, **conditions):
         """Mean images between the mean latents of images a and b, each (N, C, H, W): uint8 (N, steps, C, H, W)."""
+        check_int(type(self).__name__, "steps", steps)
         first, last = self.encode(a, **conditions)[0], self.encode(b, **conditions)[0]
+        if first.shape != last.shape:
+            raise ValueError(f"{type(self).__name__}: interpolate needs as many images in a as in b, got {len(first)} and {len(last)}")
         weights = torch.linspace(0, 1, steps, device=first.device).view(1, -1, 1)
         walks = first.unsqueeze(1) * (1 - weights) + last.unsqueeze(1) * weights
-        conditions = {name: value.repeat_interleave(steps) for name, value in conditions.items()}
+        conditions = of_each(conditions, lambda x: x.repeat_interleave(steps))
         return self._levels(self.decode(walks.flatten(0, 1), **conditions)).unflatten(0, (-1, steps))
 
     # ---- what the relatives below change
