@@ -55,7 +55,9 @@ def test_equals_the_masked_weight(mask_type, colors, layout, kernel, size, backe
 
 
 @each_backend
-@pytest.mark.parametrize("size, outputs", [((0, 6, 2, 3), 3), ((2, 0, 2, 3), 3), ((2, 6, 0, 3), 3), ((2, 6, 2, 0), 3), ((2, 6, 2, 3), 0)])
+@pytest.mark.parametrize(
+    "size, outputs", [((0, 6, 2, 3), 3), ((2, 0, 2, 3), 3), ((2, 6, 0, 3), 3), ((2, 6, 2, 0), 3), ((2, 6, 2, 3), 0)]
+)
 def test_empty_sizes_are_sums_of_nothing(size, outputs, backend):
     leaves = [torch.randn(shape, requires_grad=True) for shape in (size, (outputs, size[1], 3, 3), (outputs,))]
     with genkern.backend(backend):
