@@ -122,9 +122,7 @@ class GPT(Tokens, Model):
         try:
             stored = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError):  # torch's words advise to load what may execute code
-            raise ValueError(
-                f"GPT: {file} is no checkpoint of nanoGPT: it holds more than tensors and numbers, or is damaged"
-            ) from None
+            raise ValueError(f"GPT: {file} is no checkpoint of nanoGPT: it is damaged or holds more than tensors") from None
         try:
             weights = {name.removeprefix("_orig_mod."): x for name, x in stored["model"].items()}
             found = stored["model_args"]
