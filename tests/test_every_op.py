@@ -5,7 +5,7 @@ import torch
 
 import genkern
 from genkern import core
-from genkern.testing import LAYOUTS, Make, all_cases, backends, check, refuse_wide_types
+from genkern.testing import LAYOUTS, Make, all_cases, backends, check, check_repeatable, check_second_order, refuse_wide_types
 
 CASES = all_cases()
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -34,10 +34,10 @@ def with_leaves(case, arguments):
     return {n: a.detach().requires_grad_() if n in leaves else a for n, a in arguments.items()}
 
 
-def of_leaves(case, arguments, variant=None):
+def of_leaves(case, arguments):
     """(function of the leaves alone, leaves): the rest of the arguments is bound."""
     names = case.differentiable(arguments)
-    rest = {n: a for n, a in arguments.items() if n not in names} | (variant or {})
+    rest = {n: a for n, a in arguments.items() if n not in names}
     return lambda *leaves: case.function(**dict(zip(names, leaves, strict=True)), **rest), [arguments[n] for n in names]
 
 
@@ -108,12 +108,7 @@ def test_mixed_types(case, backend, device):
 
 @each_differentiable_run
 def test_second_order(case, backend, device):
-    for form, variant in [*((case, v) for v in case.variants[:2]), *((f, {}) for f in case.other_forms())]:
-        function, leaves = of_leaves(form, form.arguments(Make(torch.float64, device), case.small), variant)
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        with genkern.backend(backend):
-            assert torch.autograd.gradcheck(function, leaves)
-            assert torch.autograd.gradgradcheck(function, leaves)
+    check_second_order(case, backend, device=device)
 
 
 @each_case
@@ -175,17 +170,8 @@ def test_autocast_changes_nothing(case):
 
 
 @each_run
-def test_same_bits_every_run_and_thread_count(case, backend, device):
-    threads = torch.get_num_threads()
-    seen = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            with genkern.backend(backend):
-                seen.append(flat(case.function(**case.arguments(Make(device=device), case.large))))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+def test_nothing_but_the_arguments_enters(case, backend, device):
+    check_repeatable(case, backend, device=device)
 
 
 @each_case

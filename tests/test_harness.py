@@ -16,7 +16,18 @@ import torch.autograd.forward_ad as forward_ad
 import genkern.testing
 from genkern import core, random
 from genkern.ops import gaussian_kl, reparameterize, reparameterize_kl, sampler_step
-from genkern.testing import Fences, Make, all_cases, bench, check, refuse_wide_types, verify
+from genkern.testing import (
+    Case,
+    Fences,
+    Make,
+    all_cases,
+    bench,
+    check,
+    check_repeatable,
+    check_second_order,
+    refuse_wide_types,
+    verify,
+)
 
 KEY = random.key(3)
 CASES = all_cases()
@@ -145,6 +156,104 @@ def test_steps_write_nothing_beside_out(backend, dtype):
             got = sampler_step(x, twice, table, 1, x, x, x, key=KEY, out=out, history_out=history, input_out=both)
         fences.check(f"sampler_step on {backend}, {dtype}, {shape}")
         assert all(a is b for a, b in zip(got, (out, history, both), strict=True)) and all(t.isfinite().all() for t in got)
+
+
+@needs_cpu_kernels
+def test_an_argument_written_to_is_found(sabotage):
+    def spoil(z, args):
+        args[0].detach().view(-1)[-1] += 1
+        return z
+
+    sabotage("reparameterize", spoil)
+    with pytest.raises(AssertionError, match="argument mu was written to"):
+        check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+@needs_cpu_kernels
+def test_a_wrong_gradient_is_found(monkeypatch):
+    right = core.OPS["reparameterize"]._backward["cpu"]
+
+    def wrong(*args):
+        grads = right(*args)
+        grads[-1].view(-1)[-1:] += 1e-3
+        return grads
+
+    monkeypatch.setitem(core.OPS["reparameterize"]._backward, "cpu", wrong)
+    with pytest.raises(AssertionError, match="gradient of log_var is off by"):
+        check(CASES["reparameterize"], "cpu", (3, 5), torch.float32)
+
+
+def test_a_gradient_that_is_not_there_is_named():
+    x_alone = lambda x, y: 2 * x
+    nothing = lambda x, y: (2 * x).detach()
+    for function, words in ((x_alone, "no gradient comes to y"), (nothing, "no output has a gradient")):
+        case = Case(function, lambda make, shape: {"x": make(shape), "y": make(shape)})
+        with pytest.raises(AssertionError, match=words):
+            check(case, "cpu", (3, 5), torch.float32)
+
+
+# ---- what depends on more than the arguments
+
+
+def _scaled(spoil):
+    """A case of 2 x s, x (N, D) and s (D,), whose result `spoil(y, x)` damages where the reference does not run."""
+
+    def scaled(x, s):
+        y = 2 * x * s
+        return y if core._backends.forced() == "reference" else spoil(y, x)
+
+    return Case(scaled, lambda make, shape: {"x": make(shape), "s": make(shape[1:])}, shapes=((3, 5),))
+
+
+def test_a_right_function_passes():
+    check_repeatable(_scaled(lambda y, x: y), "cpu")
+    check_second_order(_scaled(lambda y, x: y), "cpu")
+
+
+def _kept_by_address(y, x, kept={}):  # noqa: B006
+    return y * kept.setdefault(x.data_ptr(), x.detach().mean().item())
+
+
+def _kept_by_shape(y, x, kept={}):  # noqa: B006
+    return y.sum() * 0 + kept.setdefault(y.shape, y.detach())
+
+
+def _counted(y, x, calls=[]):  # noqa: B006
+    calls.append(1)
+    return y * (1 + 1e-6 * (len(calls) > 2))
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (_counted, "output 0 changes from call to call"),
+        (lambda y, x: y * (1 + 1e-6 * torch.get_num_threads()), "output 0 changes with the number of threads"),
+        (_kept_by_shape, "output 0 is that of an earlier call"),
+        (_kept_by_address, "is not that of the values last written into the arguments"),
+        (lambda y, x: y + 1e-6 * x[-1], "output 0 of other samples changes with the last sample of x"),
+    ],
+)
+def test_what_depends_on_more_than_its_arguments_is_found(spoil, words):
+    with pytest.raises(AssertionError, match=words):
+        check_repeatable(_scaled(spoil), "cpu")
+
+
+def test_wrong_derivatives_are_found():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            ctx.save_for_backward(y)
+            return y.sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0].detach().cos()  # right, but a constant to the second derivative
+
+    check(_scaled(lambda y, x: y), "cpu", (3, 5), torch.float32)
+    with pytest.raises(AssertionError, match="wrong second derivative"):
+        check_second_order(_scaled(lambda y, x: Wrong.apply(y)), "cpu")
+    with pytest.raises(AssertionError, match="wrong first derivative"):
+        check_second_order(_scaled(lambda y, x: y + y.detach()), "cpu")
 
 
 @needs_cpu_kernels

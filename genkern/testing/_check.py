@@ -111,7 +111,10 @@ def _outputs_and_gradients(function, arguments, leaves):
         total = total + (output * weights.reshape(output.shape).to(output.dtype)).sum(dtype=torch.float64)
     if not leaves:
         return named
+    assert isinstance(total, torch.Tensor), "no output has a gradient: Case.constants names the arguments without one, None means all"
     total.backward()
+    missing = [n for n in leaves if arguments[n].grad is None]
+    assert not missing, f"no gradient comes to {', '.join(missing)}: Case.constants names the arguments without one"
     return named | {f"gradient of {n}": arguments[n].grad for n in leaves}
 
 
@@ -129,30 +132,30 @@ def check(case, backend, shape, dtype, *, variant=None, layout="contiguous", dev
     with noise:
         truth = run("reference", wide)
     plain, fences = run("reference", arguments), Fences(torch.device(device).type)
-    if layout == "contiguous":
-        arguments = {n: fences.around(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    where = f"{case.name} on {backend}, {dtype}, shape {tuple(shape)}, {layout}, {', '.join(arguments)}, {variant}"
+    fenced = {n: fences.around(a) for n, a in arguments.items() if isinstance(a, torch.Tensor) and layout == "contiguous"}
     with fences:
-        got = run(backend, arguments)
-    fences.check(f"{case.name} on {backend}, {dtype}, shape {tuple(shape)}, {layout}, {variant}")
+        got = run(backend, arguments | fenced)
+    fences.check(where)
+    for name, value in fenced.items():
+        assert torch.allclose(value, arguments[name], 0, 0, equal_nan=True), f"{where}: argument {name} was written to"
     for name, expected in truth.items():
         value, reference = got[name], plain[name]
         assert value.dtype == reference.dtype, f"{case.name}: {name} is {value.dtype}, expected {reference.dtype}"
         assert value.shape == expected.shape, f"{case.name}: {name} has shape {value.shape}, expected {expected.shape}"
-        given = f"shape {tuple(shape)}, {layout}, {', '.join(arguments)}, {variant}"
-        where = f"{case.name} on {backend}, {dtype}, {given}: {name}"
         if not value.is_floating_point() or (case.exact and name.startswith("output")):
-            assert torch.equal(value, reference), f"{where} is not equal to the reference"
+            assert torch.equal(value, reference), f"{where}: {name} is not equal to the reference"
             continue
         finite = reference.isfinite() & expected.isfinite()
         same = (value == reference) | (value.isnan() & reference.isnan())
-        assert (finite | same).all(), f"{where} differs from plain torch where that is infinite or NaN"
+        assert (finite | same).all(), f"{where}: {name} differs from plain torch where that is infinite or NaN"
         value, reference, expected = value[finite], reference[finite], expected[finite]
         if value.numel() == 0:
             continue
         error, allowed = _error(value, expected), _error(reference, expected)
         ulps = 16 if value.dtype == torch.float64 else 4  # float64 has no wider oracle: both sides' sums round
         floor = ulps * torch.finfo(value.dtype).eps * max(1.0, expected.abs().max().item())
-        assert error <= 2 * allowed + floor, f"{where} is off by {error:.2e}, plain torch by {allowed:.2e} (floor {floor:.2e})"
+        assert error <= 2 * allowed + floor, f"{where}: {name} is off by {error:.2e}, plain torch by {allowed:.2e} (floor {floor:.2e})"
 
 
 def _named_run(backend, function, arguments, leaves):

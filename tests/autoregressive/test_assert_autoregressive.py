@@ -118,6 +118,27 @@ def test_tokens():
         assert_autoregressive(lambda t: running(t).flip(1), tokens, strict=False, output_dim=1)
 
 
+@pytest.mark.parametrize("token", [0, 1, 2])
+def test_every_token_is_replaced_by_another(token):
+    """A look ahead at one value of three alone."""
+    tokens = torch.tensor([[0, 1, 2, 2, 1, 0, 1, 2, 0]])
+    ahead = lambda t: F.pad((t == token).float(), (0, 1))[:, 1:] + t.cumsum(1)
+    with pytest.raises(AssertionError, match="not autoregressive"):
+        assert_autoregressive(ahead, tokens, strict=False)
+
+
+def test_what_cannot_be_judged_is_said():
+    layer = nn.MaskedConv2d(3, 3, 3, mask_type="A")
+    with pytest.raises(AssertionError, match="two calls with the same input differ"):
+        raster(lambda x: F.dropout(layer(x), 0.5))
+    with pytest.raises(TypeError, match="must return a tensor, got tuple"):
+        raster(lambda x: (layer(x),))
+    with pytest.raises(ValueError, match="'grouped', 'interleaved'"):
+        raster(layer, layout="thirds")
+    with pytest.raises(ValueError, match="of images"):
+        raster(lambda x: layer(x).flatten(2))
+
+
 def test_a_constant_proves_nothing():
     with pytest.raises(AssertionError, match="does not depend"):
         assert_autoregressive(torch.zeros_like, torch.randn(1, 2, 5))

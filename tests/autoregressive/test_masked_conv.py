@@ -54,6 +54,19 @@ def test_equals_the_masked_weight(mask_type, colors, layout, kernel, size, backe
         torch.testing.assert_close(a, b)
 
 
+@each_backend
+@pytest.mark.parametrize(
+    "size, outputs", [((0, 6, 2, 3), 3), ((2, 0, 2, 3), 3), ((2, 6, 0, 3), 3), ((2, 6, 2, 0), 3), ((2, 6, 2, 3), 0)]
+)
+def test_empty_sizes_are_sums_of_nothing(size, outputs, backend):
+    leaves = [torch.randn(shape, requires_grad=True) for shape in (size, (outputs, size[1], 3, 3), (outputs,))]
+    with genkern.backend(backend):
+        y = ops.masked_conv2d(*leaves, mask_type="B", colors=3)
+        y.sum().backward()
+    assert y.shape == (size[0], outputs, *size[2:]) and not any(leaf.grad.any() for leaf in leaves[:2])
+    assert torch.equal(y, leaves[2][:, None, None].expand(y.shape))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types(dtype):
     x, weight = torch.randn(1, 3, 5, 5), torch.randn(6, 3, 3, 3)

@@ -154,6 +154,11 @@ def test_wrong_arguments_are_refused_in_words(change, words):
         nll(*data(), mode="paper")
     with pytest.raises(TypeError, match="floating point"):
         nll(data()[0].byte(), data()[1])
+    for temperature in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="positive and finite"):
+            sample(data()[1], temperature=temperature)
+        with pytest.raises(ValueError, match="positive and finite"):
+            gaussian_mixture_sample(torch.zeros(1, 6, 2), temperature=temperature)
 
 
 def test_the_distribution_function_of_each_colour_gives_the_likelihood():

@@ -93,6 +93,14 @@ def test_ties_are_kept_together(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("temperature, expected", [(1e-39, [2] * 4), (5e-324, [2] * 4), (1e39, [0, 1, 2, 3]), (1e300, [0, 1, 2, 3])])
+def test_temperatures_beyond_the_range_of_float32(backend, temperature, expected):
+    x = torch.tensor([[0.0, 1.0, 3.0, 2.0]]).expand(4, 4)
+    with genkern.backend(backend):
+        assert sample_tokens(x, temperature=temperature, uniforms=torch.arange(4) / 4 + 0.1).tolist() == expected
+
+
+@each_backend
 def test_forbidden_and_tiny_tokens_are_never_drawn(backend):
     x = torch.full((3, 40), -math.inf)
     x[:, 7], x[:, 9], x[:, 3] = 0.0, 1.0, -200.0

@@ -67,6 +67,21 @@ def test_refusals(gpt2, tmp_path):
     torch.save({"model": weights, "model_args": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="vocab_size"):
         GPT.from_nanogpt(tmp_path / "ckpt.pt")
+    arguments = {"vocab_size": 61, "block_size": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    for model, words in (([1], "no checkpoint of nanoGPT"), ({"lm_head.weight": torch.ones(3)}, "Missing key")):
+        torch.save({"model": model, "model_args": arguments}, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match=words):
+            GPT.from_nanogpt(tmp_path / "ckpt.pt")
+    torch.save(theirs, tmp_path / "ckpt.pt")  # an object, whose loading could execute code
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        GPT.from_nanogpt(tmp_path / "ckpt.pt")
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no config"):
+        GPT.from_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        GPT.from_gpt2(tmp_path)
     with pytest.raises(ValueError, match="activation"):
         GPT(GPTConfig(activation="relu"))
     assert genkern.models.GPT is GPT

@@ -132,6 +132,9 @@ def test_mu_law():
     every = torch.arange(256)
     assert torch.equal(mu_law_encode(mu_law_decode(every)), every)
     assert mu_law_decode(torch.tensor([0, 255])).tolist() == [-1.0, 1.0]
+    many = torch.arange(65536)  # more than float16 and bfloat16 tell apart: the arithmetic is float32
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(mu_law_decode(many, 65536, dtype=dtype), mu_law_decode(many, 65536).to(dtype))
     with pytest.raises(TypeError, match="integer"):
         mu_law_decode(x)
     with pytest.raises(ValueError, match="'nearest', 'floor'"):

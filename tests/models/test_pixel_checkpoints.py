@@ -97,5 +97,8 @@ def test_other_keys_are_refused_in_words():
         PixelCNNpp.from_checkpoint({name: w for name, w in published.weights.items() if name != "module.nin_out.lin_a.bias"})
     with pytest.raises(ValueError, match="no checkpoint"):
         PixelCNNpp.from_checkpoint({"encoder.weight": torch.zeros(3)})
+    for wrong in ([1], {"u_init.conv.weight_v": "text"}, published.weights | {"module.u_init.conv.weight_g": torch.ones(5)}):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            PixelCNNpp.from_checkpoint(wrong)
     with pytest.raises(ValueError, match="does not fit"):
         PixelCNNpp.from_checkpoint(published.weights, attention_heads=1)

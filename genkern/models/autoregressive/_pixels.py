@@ -56,7 +56,7 @@ class Pixels(Model):
     def log_prob(self, batch, *, labels=None, key=None):
         """log p(x), exact, nats per image: (N,). With gradients of the parameters."""
         index, x = self._images(batch)
-        return -self.head.nll(self.predict(x, labels), index, x)
+        return -self.head.nll(self.predict(x, labels), index)
 
     def bits_per_dim(self, batch, *, labels=None, key=None):
         """-log p / (values of an image ln 2): (N,)."""
@@ -88,10 +88,8 @@ class Pixels(Model):
         if (known is None) != (mask is None):
             raise ValueError(f"{type(self).__name__}: known and mask go together")
         if known is not None:
-            known = self._images(known.to(keys.device))[0].expand(shape)
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{type(self).__name__}: mask must be bool, got {mask.dtype}")
-            mask = mask.to(keys.device).expand(shape)
+            known, mask = self._completion(known, mask, shape)
+            known, mask = known.to(keys.device), mask.to(keys.device)
         images = [keys.new_empty(0, *shape[1:], dtype=torch.uint8)]
         for start in range(0, n, batch_size):
             part = slice(start, start + batch_size)
@@ -111,8 +109,7 @@ class Pixels(Model):
             if cached:
                 output, state = self.step(values, state)
             else:
-                x = 2 * images.to(state.image.dtype) / c.levels - 1
-                output = head.of_step(self.predict(x, labels)[:, :, row, column], t)
+                output = head.of_step(self.predict(self._signed(images), labels)[:, :, row, column], t)
             values = head.draw(output, uniforms[:, t], temperature)
             if mask is not None:
                 values = torch.where(mask[:, colors, row, column], known[:, colors, row, column], values)
@@ -137,7 +134,7 @@ class Pixels(Model):
             raise ValueError(f"{type(self).__name__}: step: the image has no more values to decide")
         if values is not None:
             (row, column), colors = self._position(state.steps)
-            state.image[:, colors, row, column] = 2 * values.reshape(len(values), -1).to(state.image.dtype) / self.config.levels - 1
+            state.image[:, colors, row, column] = self._signed(values.reshape(len(values), -1))
         state.steps += 1
         (row, column), _ = self._position(state.steps)
         state.place = place = state.place.at(row, column)
@@ -160,7 +157,23 @@ class Pixels(Model):
         index = (ink(images, c.levels) * c.levels).round()
         if tuple(index.shape[1:]) != (c.channels, c.size, c.size):
             raise ValueError(f"{type(self).__name__}: images must be (N, {c.channels}, {c.size}, {c.size}), got {tuple(images.shape)}")
-        return index.long(), 2 * index / c.levels - 1
+        return index.long(), self._signed(index)
+
+    def _signed(self, index):
+        """Levels as the network takes them: in [-1, 1], in its type."""
+        return 2 * index.to(next(self.parameters()).dtype) / self.config.levels - 1
+
+    def _completion(self, known, mask, shape):
+        """The levels of what is known, and the mask, of this shape."""
+        name = type(self).__name__
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{name}: mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        known = self._images(known)[0]
+        try:
+            return known.expand(shape), mask.expand(shape)
+        except RuntimeError:
+            found = f"{tuple(known.shape)} and {tuple(mask.shape)}"
+            raise ValueError(f"{name}: known and mask must broadcast to {shape}, got {found}") from None
 
     def _labels(self, labels, n, device):
         """int64 (n,); None for a model without classes."""
@@ -180,7 +193,7 @@ class Levels:
     def __init__(self, channels, levels):
         self.steps, self.levels, self.outputs = channels, levels + 1, channels * (levels + 1)
 
-    def nll(self, output, index, x):
+    def nll(self, output, index):
         logits = output.unflatten(1, (self.steps, self.levels)).transpose(1, 2)
         return F.cross_entropy(logits.float(), index, reduction="none").flatten(1).sum(1)
 
@@ -201,7 +214,8 @@ class Mixture:
         self.channels, self.levels, self.outputs = channels, levels, mixtures * (10 if channels == 3 else 3)
         self.noise = mixtures + channels
 
-    def nll(self, output, index, x):
+    def nll(self, output, index):
+        x = 2 * index.to(torch.promote_types(output.dtype, torch.float32)) / self.levels - 1  # narrow types do not hold all levels
         return discretized_mix_logistic_nll(x, output, levels=self.levels + 1)
 
     def of_step(self, output, t):

@@ -1,6 +1,7 @@
 """GPT: a decoder-only transformer over bytes (Radford et al., 2019): pre-norm blocks of causal attention and a GELU network."""
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +98,7 @@ class GPT(Tokens, Model):
                 "vocabulary": found["vocab_size"], "context": found["n_positions"], "width": found["n_embd"],
                 "layers": found["n_layer"], "heads": found["n_head"],
             }  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"GPT: {folder / 'config.json'} is no config of a GPT-2: {error}") from error
         activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
         known = {
@@ -108,23 +109,30 @@ class GPT(Tokens, Model):
             if found.get(name) not in values:
                 raise ValueError(f"GPT: {folder / 'config.json'} has {name} {found[name]!r}, which this GPT does not know")
         activation = activations[found.get("activation_function") or "gelu_new"]
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        try:
+            weights = safetensors.torch.load_file(folder / "model.safetensors")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"GPT: {folder / 'model.safetensors'} cannot be read: {error}") from error
         turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
         return cls._of_gpt2({name: x.t() if name.endswith(turned) else x for name, x in weights.items()}, activation, facts)
 
     @classmethod
     def from_nanogpt(cls, file, activation="gelu"):
         """The model of a local checkpoint of nanoGPT (ckpt.pt), in evaluation mode. Nothing in the file is executed."""
-        stored = torch.load(file, map_location="cpu", weights_only=True)
         try:
-            weights, found = stored["model"], stored["model_args"]
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError):  # torch's words advise to load what may execute code
+            raise ValueError(f"GPT: {file} is no checkpoint of nanoGPT: it is damaged or holds more than tensors") from None
+        try:
+            weights = {name.removeprefix("_orig_mod."): x for name, x in stored["model"].items()}
+            found = stored["model_args"]
             facts = {
                 "vocabulary": found["vocab_size"], "context": found["block_size"], "width": found["n_embd"],
                 "layers": found["n_layer"], "heads": found["n_head"],
             }  # fmt: skip
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"GPT: {file} is no checkpoint of nanoGPT: {error}") from error
-        return cls._of_gpt2({name.removeprefix("_orig_mod."): x for name, x in weights.items()}, activation, facts)
+        return cls._of_gpt2(weights, activation, facts)
 
     @classmethod
     def _of_gpt2(cls, weights, activation, facts):
@@ -148,12 +156,12 @@ class GPT(Tokens, Model):
                 _, layer, rest = (*name.split(".", 2), "", "")[:3]
                 module, _, kind = rest.rpartition(".")
                 state[f"blocks.{layer}.{names.get(module, module)}.{kind}"] = x
-        if head is not None and not torch.equal(head, state["embedding.weight"]):
-            raise ValueError("GPT: the checkpoint's output weights differ from its embedding; this GPT ties them")
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"GPT: the checkpoint cannot be used: {' '.join(str(error).split())}") from error
+        if head is not None and not torch.equal(head, state["embedding.weight"]):
+            raise ValueError("GPT: the checkpoint's output weights differ from its embedding; this GPT ties them")
         return model.eval()
 
 

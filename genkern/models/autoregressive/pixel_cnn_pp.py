@@ -66,8 +66,11 @@ class PixelCNNpp(Pixels):
         variables, whose averages (.../ExponentialMovingAverage) are taken where they are there. Settings of the Config that weights do
         not show, such as size and dropout, may be given; weight normalisation is multiplied out. ValueError on other keys.
         """
-        weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in weights.items()}
-        layers = _pclucas14(weights) if any(name.startswith("u_init.") for name in weights) else _openai(weights)
+        try:
+            weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in weights.items()}
+            layers = _pclucas14(weights) if any(name.startswith("u_init.") for name in weights) else _openai(weights)
+        except (AttributeError, TypeError, RuntimeError) as error:  # no names, no numbers, or tensors of sizes that do not go together
+            raise ValueError(f"{cls.__name__}: no checkpoint of pclucas14 or OpenAI: {error}") from error
         width, inputs = layers["u_init"][0].shape[:2]
         blocks = sum(name.startswith("levels.0.u_up.") for name in layers) // 2
         channels, outputs = inputs - 1, layers["out"][0].shape[0]

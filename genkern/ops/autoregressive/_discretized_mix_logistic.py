@@ -82,8 +82,8 @@ def discretized_mix_logistic_sample(
     check_choice(op, "channels", channels, (1, 3))
     for name, value in (("temperature", temperature), ("min_log_scale", min_log_scale)):
         check_number(op, name, value)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
     if levels is not None:
         check_int(op, "levels", levels, 2)
     k = _mixtures(op, params, channels)

@@ -58,8 +58,8 @@ def gaussian_mixture_sample(params, *, channels=1, temperature=1.0, min_log_scal
     for name, value in (("temperature", temperature), ("min_log_scale", min_log_scale)):
         check_number(op, name, value)
     check_int(op, "channels", channels)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
     k = _mixtures(op, params, channels)
     shape = (params.shape[0], channels * (k + 1), *params.shape[2:])
     if uniforms is None:

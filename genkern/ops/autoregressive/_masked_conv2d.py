@@ -71,8 +71,9 @@ def check_kernel(op, size):
 def _reference(x, weight, bias, own, colors, grouped):
     """torch's convolutions over the live taps."""
     y = None
-    for part, bias_left in _parts(x, weight, bias, own, colors, grouped):
-        y, bias = part if y is None else y + part, bias_left
+    if 0 not in (*x.shape[1:], *weight.shape):  # torch's convolutions refuse what has no channel or no pixel
+        for part, bias_left in _parts(x, weight, bias, own, colors, grouped):
+            y, bias = part if y is None else y + part, bias_left
     if y is None:  # no tap is live: sums of nothing, which have gradients
         y = x[:, :0].sum(1, keepdim=True) + weight[:, :0].sum((1, 2, 3))[:, None, None]
     return y if bias is None else y + bias[:, None, None]

@@ -29,16 +29,16 @@ def mu_law_encode(x, levels=256, *, rounding="nearest"):
 def mu_law_decode(index, levels=256, *, dtype=torch.float32):
     """Audio in [-1, 1] of levels: sign(y) ((1 + m)^|y| - 1) / m with y = 2 index / m - 1, the inverse of both encodings.
 
-    index of any shape, integers 0 .. levels - 1 (not looked at); dtype, a floating-point type, is that of the result. TypeError,
-    ValueError on anything else.
+    index of any shape, integers 0 .. levels - 1 (not looked at); dtype, a floating-point type, is that of the result, which is computed
+    in float32 (float64). TypeError, ValueError on anything else.
     """
     if not isinstance(index, torch.Tensor) or index.is_floating_point() or index.is_complex():
         raise TypeError(f"mu_law_decode: index must be an integer tensor, got {getattr(index, 'dtype', type(index).__name__)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"mu_law_decode: dtype must be a floating-point type, got {dtype}")
     m = _mu("mu_law_decode", levels, "nearest")
-    y = 2 * index.to(dtype) / m - 1
-    return torch.sign(y) * torch.expm1(y.abs() * math.log1p(m)) / m
+    y = 2 * index.to(torch.float64 if dtype == torch.float64 else torch.float32) / m - 1
+    return (torch.sign(y) * torch.expm1(y.abs() * math.log1p(m)) / m).to(dtype)
 
 
 def _mu(op, levels, rounding):

@@ -10,6 +10,8 @@ from genkern.core._op import transforming
 from genkern.ops._common import check_choice, check_device, check_float, check_int, check_number, check_shape
 from genkern.testing._case import Case
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 def sample_tokens(
     logits,
@@ -79,7 +81,8 @@ def sample_tokens(
     k = 0 if top_k is None or top_k >= tokens else top_k
     p = 1.0 if top_p is None else float(top_p)
     logits = logits.float() if logits.dtype == torch.float64 else logits
-    inverse = 1 / temperature if temperature > 0 else 0.0
+    # zero stands for the most probable token: of temperatures beyond float32's range the reciprocal is still positive and finite
+    inverse = min(max(1 / temperature, _FLOAT32.tiny), _FLOAT32.max) if temperature > 0 else 0.0
     result = _op(logits, u, inverse, k, p, lowest, order == "sequential")
     if result.device.type == "cpu" and not torch.compiler.is_compiling() and not transforming() and (result < 0).any():
         row = int((result < 0).nonzero()[0])
