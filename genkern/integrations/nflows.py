@@ -18,7 +18,7 @@ from nflows.transforms import splines
 from nflows.transforms.splines import rational_quadratic
 
 from genkern import ops
-from genkern.integrations._splines import constrained, patched, unconstrained, unpatched
+from genkern.integrations._splines import constrained, numbers_served, patched, unconstrained, unpatched
 
 rational_quadratic_spline = constrained(rational_quadratic.rational_quadratic_spline, transforms.base.InputOutsideDomain)
 unconstrained_rational_quadratic_spline = unconstrained(rational_quadratic.unconstrained_rational_quadratic_spline)
@@ -33,6 +33,7 @@ def patch():
     coupling = transforms.coupling.AffineCouplingTransform
     changes += [(coupling, "_coupling_transform_forward", _forward), (coupling, "_coupling_transform_inverse", _inverse)]
     changes += [(_SPLINE_COUPLING, "_piecewise_cdf", _piecewise_cdf), (_SPLINE_LAYER, "_elementwise", _elementwise)]
+    changes += [(_SPLINE_COUPLING, "forward", _spline_coupling), (_SPLINE_COUPLING, "inverse", _spline_coupling_inverse)]
     names = {"_create_lower_upper": _factors, "forward_no_cache": _lu_forward, "inverse_no_cache": _lu_inverse}
     changes += [(transforms.LULinear, name, function) for name, function in names.items()]
     patched("nflows", changes)
@@ -60,25 +61,69 @@ def _inverse(self, inputs, transform_params):
     return _affine(self, inputs, transform_params, True)
 
 
-# The layers cut the network's output into three and divide two of them in place, which costs more than the spline when autograd has to
-# follow: several passes over the whole output for each. Here it is divided by one vector and split.
+# The layers gather and scatter features, cut the network's output into three and divide two of them in place, which costs more than
+# the spline: several passes over the whole output, and as many again in the backward pass. Rows with linear tails are one call of an
+# op; for what it does not know the output is divided by one vector and split.
 
 _SPLINE_COUPLING = transforms.coupling.PiecewiseRationalQuadraticCouplingTransform
 _SPLINE_LAYER = transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 _their_piecewise_cdf = _SPLINE_COUPLING._piecewise_cdf
 
 
+def _spline_coupling(self, inputs, context=None):
+    return _couple(self, inputs, context, False)
+
+
+def _spline_coupling_inverse(self, inputs, context=None):
+    return _couple(self, inputs, context, True)
+
+
+def _couple(self, inputs, context, inverse):
+    size = _width(self.transform_net)
+    plain = type(self) is _SPLINE_COUPLING and self.unconditional_transform is None and size is not None
+    if not plain or not _rows(self, inputs, self.features):
+        base = super(_SPLINE_COUPLING, self)
+        return (base.inverse if inverse else base.forward)(inputs, context)
+    params = self.transform_net(inputs.index_select(1, self.identity_features), context)
+    return _spline_of_rows(self, inputs, params, self.transform_features, size, inverse)
+
+
+def _width(net):
+    return getattr(net, "hidden_features", None) or getattr(net, "hidden_channels", None)
+
+
+def _rows(self, inputs, features):
+    """Whether rational_quadratic_spline_coupling knows the layer's spline of these inputs."""
+    rows = inputs.dim() == 2 and inputs.shape[1] == features and inputs.is_floating_point()
+    return rows and self.tails == "linear" and numbers_served(*_spline_numbers(self)) and self.min_derivative < 1
+
+
+def _spline_numbers(self):
+    return self.num_bins, self.tail_bound, self.min_bin_width, self.min_bin_height, self.min_derivative
+
+
+def _spline_of_rows(self, inputs, params, changed, size, inverse):
+    """size: the network's width; widths and heights are divided by its square root, where there is one."""
+    bins, bound, *minima = _spline_numbers(self)
+    names = ("min_bin_width", "min_bin_height", "min_derivative")
+    options = {"bins": bins, "tail_bound": bound, "logit_scale": 1 / math.sqrt(size or 1)} | dict(zip(names, minima, strict=True))
+    y, log_det = ops.rational_quadratic_spline_coupling(inputs, params, changed, inverse=inverse, **options)
+    return y.to(inputs.dtype), log_det.to(inputs.dtype)
+
+
 def _piecewise_cdf(self, inputs, transform_params, inverse=False):
-    net = self.transform_net
-    size = getattr(net, "hidden_features", None) or getattr(net, "hidden_channels", None)
+    size = _width(self.transform_net)
     if size is None or transform_params.shape[-1] < 2 * self.num_bins:
         return _their_piecewise_cdf(self, inputs, transform_params, inverse)  # which warns
     return _split_spline(self, inputs, transform_params, size, inverse)
 
 
 def _elementwise(self, inputs, autoregressive_params, inverse=False):
+    size = getattr(self.autoregressive_net, "hidden_features", None)
+    if _rows(self, inputs, inputs.shape[-1]):
+        return _spline_of_rows(self, inputs, autoregressive_params, None, size, inverse)
     params = autoregressive_params.view(*inputs.shape[:2], self._output_dim_multiplier())
-    y, log_det = _split_spline(self, inputs, params, getattr(self.autoregressive_net, "hidden_features", None), inverse)
+    y, log_det = _split_spline(self, inputs, params, size, inverse)
     return y, log_det.flatten(1).sum(1)
 
 
