@@ -1,7 +1,8 @@
-"""nflows on genkern's kernels: rational-quadratic splines, the layers made of them, affine couplings; LULinear in fewer calls.
+"""nflows on genkern's kernels: rational-quadratic splines, the layers made of them, affine couplings; LULinear and residual networks
+with context in fewer calls.
 
     import genkern.integrations.nflows as fused
-    fused.patch()        # every nflows spline, affine coupling and LULinear, existing models too
+    fused.patch()        # every nflows spline, affine coupling, LULinear and ResidualNet, existing models too
     fused.unpatch()
 
 Or call fused.rational_quadratic_spline and fused.unconstrained_rational_quadratic_spline, with the names, arguments, errors and
@@ -14,6 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 from nflows import transforms
+from nflows.nn.nets import resnet
 from nflows.transforms import splines
 from nflows.transforms.splines import rational_quadratic
 
@@ -36,6 +38,7 @@ def patch():
     changes += [(_SPLINE_COUPLING, "forward", _spline_coupling), (_SPLINE_COUPLING, "inverse", _spline_coupling_inverse)]
     names = {"_create_lower_upper": _factors, "forward_no_cache": _lu_forward, "inverse_no_cache": _lu_inverse}
     changes += [(transforms.LULinear, name, function) for name, function in names.items()]
+    changes += [(resnet.ResidualBlock, "forward", _residual_block)]
     patched("nflows", changes)
 
 
@@ -173,3 +176,18 @@ def _lu_inverse(self, inputs):
     outputs = torch.linalg.solve_triangular(lower, (inputs - self.bias).t(), upper=False, unitriangular=True)
     outputs = torch.linalg.solve_triangular(upper, outputs, upper=True)
     return outputs.t(), -upper.diagonal().log().sum() * inputs.new_ones(len(inputs))
+
+
+# Of a block that sees a context, nflows joins what is gated and its gate, which F.glu cuts apart again: a fourth of the network's time.
+
+_their_residual_block = resnet.ResidualBlock.forward
+
+
+def _residual_block(self, inputs, context=None):
+    if context is None:
+        return _their_residual_block(self, inputs)
+    temps = self.batch_norm_layers[0](inputs) if self.use_batch_norm else inputs
+    temps = self.linear_layers[0](self.activation(temps))
+    temps = self.batch_norm_layers[1](temps) if self.use_batch_norm else temps
+    temps = self.linear_layers[1](self.dropout(self.activation(temps)))
+    return torch.addcmul(inputs, temps, torch.sigmoid(self.context_layer(context)))

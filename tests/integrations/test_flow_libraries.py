@@ -198,6 +198,26 @@ def test_the_lu_layer_of_nflows(features, inverse):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("use_batch_norm", [False, True])
+def test_the_residual_network_of_nflows(use_batch_norm):
+    nets = pytest.importorskip("nflows.nn.nets")
+    from genkern.integrations import nflows as fused
+
+    torch.manual_seed(0)
+    net = nets.ResidualNet(3, 4, hidden_features=8, context_features=2, use_batch_norm=use_batch_norm)
+    names, weights = zip(*net.named_parameters(), strict=True)
+
+    def run(x, context, *weights):
+        buffers = {n: b.to(x.dtype, copy=True) for n, b in net.named_buffers()}  # batch norms count what they see
+        y = torch.func.functional_call(net, dict(zip(names, weights, strict=True)) | buffers, (x, context))
+        return y, y
+
+    compare(patched(fused, run), run, (torch.randn(20, 3), torch.randn(20, 2), *(w.detach() for w in weights)))
+    x = torch.randn(5, 3)
+    alone = nets.ResidualNet(3, 4, hidden_features=8)
+    assert torch.equal(patched(fused, alone)(x), alone(x))
+
+
 class Direction(torch.nn.Module):
     """A transform in one direction, as a module that functional_call takes."""
 
