@@ -67,6 +67,10 @@ CALLS = [  # good arguments, of which one at a time is replaced
     (ops.plu_weight, dict(PLU, log_scale=r(3), shift=r(3))),
     (ops.q_sample, dict(x0=r(2, 3), timesteps=i(1, 2), table=TABLE, key=KEY, target="eps")),
     (ops.rational_quadratic_spline, dict(SPLINE, min_bin_height=1e-3, min_derivative=1e-3, log_det="element")),
+    (
+        ops.rational_quadratic_spline_coupling,
+        dict(x=r(5, 3), params=r(5, 22), changed=i(0, 2), bins=4, tails="linear", tail_bound=1.0, min_bin_width=1e-3, logit_scale=0.5),
+    ),
     (ops.reparameterize, dict(mu=r(2, 3), log_var=r(2, 3), key=KEY, clamp=(-1.0, 1.0))),
     (ops.reparameterize_kl, dict(PRIOR, key=KEY, clamp="soft5")),
     (ops.sample_tokens, dict(logits=r(2, 5), temperature=0.9, top_k=2, top_p=0.9, min_p=0.1, order="joint", uniforms=r(2).sigmoid())),

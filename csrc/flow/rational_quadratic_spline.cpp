@@ -1,5 +1,8 @@
 // rational_quadratic_spline: spline.h over all elements. CPU: kLanes elements side by side, their parameters transposed in L1.
 // CUDA: one thread per element, exponentials computed again instead of kept.
+// rational_quadratic_spline_coupling (CPU): some columns of rows, by parameters that stand together; kLanes rows side by side.
+#include <cstring>
+
 #include "rows.h"
 #include "spline.h"
 #ifndef GK_GPU
@@ -9,12 +12,15 @@
 namespace gk {
 namespace {
 
-struct SplineJob {  // element e owns row e of the parameters
+struct SplineJob {  // row r of `in` owns row r of the parameters
   SplineShape shape;
   int64_t count;
   Array in, widths, heights, slopes;
   Array out, log_det;  // forward: results; backward: their gradients
   Array d_in, d_widths, d_heights, d_slopes;
+  int64_t features = 1, width = 1;   // features with a spline, their parameters one after another in a row; columns of `in`
+  const int64_t* columns = nullptr;  // of the features; none: the last ones
+  double logit_scale = 1;            // of widths and heights
 };
 
 #ifndef GK_GPU
@@ -59,20 +65,57 @@ struct RawLanes {  // parameters of kCount elements as [parameter][element]; gra
 
 // Rows of parameters to lanes and back; those of other types pass through `rows`, room for a group of them.
 template <class S, class V>
-void gather(const Array& a, int64_t first, int count, int n, S* rows, V* to) {
+void gather(const Array& a, int64_t first, int64_t column, int count, int n, S* rows, V* to) {
   if (n == 0) return;
-  const S* from = read(a, first, 0, n, rows);
+  const S* from = read(a, first, column, n, rows);
   if (from == rows)
-    for (int e = 1; e < count; e++) read(a, first + e, 0, n, rows + e * n);
+    for (int e = 1; e < count; e++) read(a, first + e, column, n, rows + e * n);
   load_columns(from, from == rows ? n : a.row_stride, count, n, to);
 }
 template <class S, class V>
-void scatter(const Array& a, int64_t first, int count, int n, S* rows, const V* from) {
+void scatter(const Array& a, int64_t first, int64_t column, int count, int n, S* rows, const V* from) {
   if (n == 0) return;
-  S* to = place(a, first, 0, rows);
+  S* to = place(a, first, column, rows);
   store_columns(to, to == rows ? n : a.row_stride, count, n, from);
   if (to == rows)
-    for (int e = 0; e < count; e++) write(a, first + e, 0, rows + e * n, n);
+    for (int e = 0; e < count; e++) write(a, first + e, column, rows + e * n, n);
+}
+
+template <class S>
+void write_element(const Array& a, int64_t row, int64_t column, S value) {
+  S* to = place(a, row, column, &value);
+  *to = value;
+  if (to == &value) write(a, row, column, to, 1);
+}
+
+// A column of `count` rows to a lane and back.
+template <class S, class V>
+V load_column(const Array& a, int64_t first, int64_t column, int count, S* buffer) {
+  if (a.row_stride == 1) return load_first(read(a, 0, first, count, buffer), count, V{});
+  S one;
+  for (int e = 0; e < count; e++) buffer[e] = *read(a, first + e, column, 1, &one);
+  return load_first(buffer, count, V{});
+}
+template <class S, class V>
+void store_column(const Array& a, int64_t first, int64_t column, int count, S* buffer, V values) {
+  const bool touching = a.row_stride == 1;
+  S* to = touching ? place(a, 0, first, buffer) : buffer;
+  store_first(to, values, count);
+  if (to != buffer) return;
+  if (touching) return write(a, 0, first, buffer, count);
+  for (int e = 0; e < count; e++) write_element(a, first + e, column, buffer[e]);
+}
+
+// Whole rows, dense in both.
+template <class S>
+void copy_rows(const Array& from, const Array& to, int64_t first, int64_t count) {
+  const int64_t begin = first * from.row_stride, end = begin + count * from.row_stride, bytes = element_bytes(to.storage);
+  if (from.storage == to.storage) {
+    std::memcpy(static_cast<char*>(to.data) + begin * bytes, static_cast<char*>(from.data) + begin * bytes, (end - begin) * bytes);
+    return;
+  }
+  S one;
+  for (int64_t at = begin; at < end; at++) write_element(to, 0, at, *read(from, 0, at, 1, &one));
 }
 
 template <class S, bool kInverse, bool kBackward>
@@ -80,40 +123,50 @@ void drive(const SplineJob& job, const Tensor&) {
   using V = typename Vector<S>::type;
   using W = Wide<V>;
   constexpr int kCount = Lane<V>::kCount;
-  const int bins = job.shape.bins, slopes = job.shape.slopes();
-  torch::stable::parallel_for(0, (job.count + kCount - 1) / kCount, 64, [&](int64_t begin, int64_t end) {
+  const int bins = job.shape.bins, slopes = job.shape.slopes(), numbers = 2 * bins + slopes;
+  const int64_t grain = std::max<int64_t>(1, 64 / job.features);
+  torch::stable::parallel_for(0, (job.count + kCount - 1) / kCount, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> room(2 * bins * sizeof(W) / 8 + (3 * bins + 2) * kCount + 8);  // and rows, and 8 to align
     const size_t skip = (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64;
     W* weights = reinterpret_cast<W*>(reinterpret_cast<char*>(room.data()) + skip);
     V* lanes = reinterpret_cast<V*>(weights + 2 * bins);
     RawLanes<V> raw{lanes, lanes + bins, lanes + 2 * bins, weights, weights + bins};
-    S* rows = reinterpret_cast<S*>(lanes + 2 * bins + slopes);
+    S* rows = reinterpret_cast<S*>(lanes + numbers);
     alignas(64) S buffer[4][kCount];
+    const auto scale_logits = [&] {
+      if (job.logit_scale != 1)
+        for (int k = 0; k < 2 * bins; k++) lanes[k] = lanes[k] * static_cast<S>(job.logit_scale);
+    };
     for (int64_t group = begin; group < end; group++) {
       const int64_t first = group * kCount;
       const int count = static_cast<int>(std::min<int64_t>(kCount, job.count - first));
-      gather(job.widths, first, count, bins, rows, raw.widths);
-      gather(job.heights, first, count, bins, rows, raw.heights);
-      gather(job.slopes, first, count, slopes, rows, raw.slopes);
-      const V in = load_first(read(job.in, 0, first, count, buffer[0]), count, V{});
-      if constexpr (kBackward) {
-        const V to_out = load_first(read(job.out, 0, first, count, buffer[1]), count, V{});
-        const V to_log_det = load_first(read(job.log_det, 0, first, count, buffer[2]), count, V{});
-        const V to_in = spline_backward<V, kInverse>(job.shape, raw, in, to_out, to_log_det);
-        S* d_in = place(job.d_in, 0, first, buffer[3]);
-        store_first(d_in, to_in, count);
-        if (d_in == buffer[3]) write(job.d_in, 0, first, d_in, count);
-        scatter(job.d_widths, first, count, bins, rows, raw.widths);
-        scatter(job.d_heights, first, count, bins, rows, raw.heights);
-        scatter(job.d_slopes, first, count, slopes, rows, raw.slopes);
-      } else {
-        V value, log_det;
-        spline_forward<V, kInverse>(job.shape, raw, in, &value, &log_det);
-        S* out = place(job.out, 0, first, buffer[1]);
-        store_first(out, value, count);
-        if (out == buffer[1]) write(job.out, 0, first, out, count);
-        store_first(static_cast<S*>(job.log_det.data) + first, log_det, count);
+      if (job.features < job.width) copy_rows<S>(kBackward ? job.out : job.in, kBackward ? job.d_in : job.out, first, count);
+      W total{};  // of log_det
+      V to_log_det{};
+      if constexpr (kBackward) to_log_det = load_first(read(job.log_det, 0, first, count, buffer[2]), count, V{});
+      for (int64_t feature = 0; feature < job.features; feature++) {
+        const int64_t column = job.columns ? job.columns[feature] : job.width - job.features + feature, at = feature * numbers;
+        gather(job.widths, first, at, count, bins, rows, raw.widths);
+        gather(job.heights, first, at, count, bins, rows, raw.heights);
+        gather(job.slopes, first, at, count, slopes, rows, raw.slopes);
+        scale_logits();
+        const V in = load_column<S, V>(job.in, first, column, count, buffer[0]);
+        if constexpr (kBackward) {
+          const V to_out = load_column<S, V>(job.out, first, column, count, buffer[1]);
+          const V to_in = spline_backward<V, kInverse>(job.shape, raw, in, to_out, to_log_det);
+          store_column(job.d_in, first, column, count, buffer[3], to_in);
+          scale_logits();
+          scatter(job.d_widths, first, at, count, bins, rows, raw.widths);
+          scatter(job.d_heights, first, at, count, bins, rows, raw.heights);
+          scatter(job.d_slopes, first, at, count, slopes, rows, raw.slopes);
+        } else {
+          V value, log_det;
+          spline_forward<V, kInverse>(job.shape, raw, in, &value, &log_det);
+          store_column(job.out, first, column, count, buffer[1], value);
+          total = total + widen(log_det);
+        }
       }
+      if constexpr (!kBackward) store_first(static_cast<S*>(job.log_det.data) + first, narrow<V>(total), count);
     }
   });
 }
@@ -207,9 +260,13 @@ Array rows_of(Tensor& x) {
   return {x.data_ptr(), row_stride, storage_of(x.scalar_type())};
 }
 
-Array line_of(Tensor& x) {
+Array part(const Array& a, int64_t column) {
+  return {static_cast<char*>(a.data) + column * element_bytes(a.storage), a.row_stride, a.storage};
+}
+
+Array dense(Tensor& x, int64_t width = 1) {
   x = torch::stable::contiguous(x);
-  return {x.data_ptr(), x.numel(), storage_of(x.scalar_type())};
+  return {x.data_ptr(), width, storage_of(x.scalar_type())};
 }
 
 template <bool kBackward>
@@ -226,7 +283,7 @@ SplineJob job_of(Tensor& x, Tensor& widths, Tensor& heights, Tensor& slopes, int
                  double min_height, double min_slope) {
   const int bins = static_cast<int>(widths.size(-1));
   const SplineShape shape{bins, static_cast<Tails>(tails), bound, min_width, min_height, min_slope};
-  return {shape, x.numel(), line_of(x), rows_of(widths), rows_of(heights), rows_of(slopes), {}, {}, {}, {}, {}, {}};
+  return {shape, x.numel(), dense(x), rows_of(widths), rows_of(heights), rows_of(slopes), {}, {}, {}, {}, {}, {}};
 }
 
 std::tuple<Tensor, Tensor> rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor slopes, bool inverse,
@@ -236,7 +293,7 @@ std::tuple<Tensor, Tensor> rational_quadratic_spline(Tensor x, Tensor widths, Te
       promote(promote(x.scalar_type(), widths.scalar_type()), promote(heights.scalar_type(), slopes.scalar_type()));
   Tensor out = new_tensor(x, x.sizes(), type), log_det = new_tensor(x, x.sizes(), sum_type(type));
   SplineJob job = job_of(x, widths, heights, slopes, tails, bound, min_width, min_height, min_slope);
-  job.out = line_of(out), job.log_det = line_of(log_det);
+  job.out = dense(out), job.log_det = dense(log_det);
   run<false>(job, inverse, x);
   return {out, log_det};
 }
@@ -247,18 +304,70 @@ std::vector<Tensor> rational_quadratic_spline_backward(Tensor grad_out, Tensor g
   std::vector<Tensor> gradients;
   for (const Tensor& like : {x, widths, heights, slopes}) gradients.push_back(new_tensor(like, like.sizes()));
   SplineJob job = job_of(x, widths, heights, slopes, tails, bound, min_width, min_height, min_slope);
-  job.out = line_of(grad_out), job.log_det = line_of(grad_log_det);
-  job.d_in = line_of(gradients[0]);
+  job.out = dense(grad_out), job.log_det = dense(grad_log_det);
+  job.d_in = dense(gradients[0]);
   job.d_widths = rows_of(gradients[1]), job.d_heights = rows_of(gradients[2]), job.d_slopes = rows_of(gradients[3]);
   run<true>(job, inverse, x);
   return gradients;
 }
+
+#ifndef GK_GPU
+
+// Rows of `params` are the numbers of all features: widths, heights and slopes of the first one, then of the next.
+SplineJob coupling_job(Tensor& x, Tensor& params, std::optional<Tensor>& changed, const SplineShape& shape, double logit_scale) {
+  const int numbers = 2 * shape.bins + shape.slopes();
+  const int64_t width = x.size(1);
+  const Array rows = rows_of(params);
+  SplineJob job{shape, x.size(0), dense(x, width), rows, part(rows, shape.bins), part(rows, 2 * shape.bins), {}, {}, {}, {},
+                {},    {}};
+  job.features = params.size(1) / numbers, job.width = width, job.logit_scale = logit_scale;
+  if (!changed) return job;
+  *changed = torch::stable::contiguous(*changed);
+  job.columns = static_cast<const int64_t*>(changed->data_ptr());
+  for (int64_t i = 0; i < job.features; i++)
+    STD_TORCH_CHECK(job.columns[i] >= 0 && job.columns[i] < width, "rational_quadratic_spline_coupling: changed is out of range");
+  return job;
+}
+
+std::tuple<Tensor, Tensor> rational_quadratic_spline_coupling(Tensor x, Tensor params, std::optional<Tensor> changed, bool inverse,
+                                                              int64_t bins, int64_t tails, double bound, double min_width,
+                                                              double min_height, double min_slope, double logit_scale) {
+  const ScalarType type = promote(x.scalar_type(), params.scalar_type());
+  Tensor out = new_tensor(x, x.sizes(), type), log_det = new_tensor(x, {x.size(0)}, sum_type(type));
+  const SplineShape shape{static_cast<int>(bins), static_cast<Tails>(tails), bound, min_width, min_height, min_slope};
+  SplineJob job = coupling_job(x, params, changed, shape, logit_scale);
+  job.out = dense(out, job.width), job.log_det = dense(log_det);
+  run<false>(job, inverse, x);
+  return {out, log_det};
+}
+
+std::vector<Tensor> rational_quadratic_spline_coupling_backward(Tensor grad_out, Tensor grad_log_det, Tensor x, Tensor params,
+                                                                std::optional<Tensor> changed, bool inverse, int64_t bins,
+                                                                int64_t tails, double bound, double min_width, double min_height,
+                                                                double min_slope, double logit_scale) {
+  std::vector<Tensor> gradients;
+  for (const Tensor& like : {x, params}) gradients.push_back(new_tensor(like, like.sizes()));
+  const SplineShape shape{static_cast<int>(bins), static_cast<Tails>(tails), bound, min_width, min_height, min_slope};
+  SplineJob job = coupling_job(x, params, changed, shape, logit_scale);
+  job.out = dense(grad_out, job.width), job.log_det = dense(grad_log_det);
+  job.d_in = dense(gradients[0], job.width);
+  const Array d_params = rows_of(gradients[1]);
+  job.d_widths = d_params, job.d_heights = part(d_params, shape.bins), job.d_slopes = part(d_params, 2 * shape.bins);
+  run<true>(job, inverse, x);
+  return gradients;
+}
+
+#endif
 
 }  // namespace
 
 GENKERN_LIBRARY(m) {
   m.impl("_rational_quadratic_spline", TORCH_BOX(&rational_quadratic_spline));
   m.impl("_rational_quadratic_spline_backward", TORCH_BOX(&rational_quadratic_spline_backward));
+#ifndef GK_GPU
+  m.impl("_rational_quadratic_spline_coupling", TORCH_BOX(&rational_quadratic_spline_coupling));
+  m.impl("_rational_quadratic_spline_coupling_backward", TORCH_BOX(&rational_quadratic_spline_coupling_backward));
+#endif
 }
 
 }  // namespace gk

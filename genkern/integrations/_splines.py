@@ -6,20 +6,23 @@ import torch
 
 from genkern import ops
 
-_PATCHED = {}  # library: [(object, name, what it was)]
+_PATCHED = {}  # library: [(object, name, what it was, None: inherited)]
 
 
 def patched(library, changes):
     """Put [(object, name, new value)] in place; once, however often it is asked for."""
     if library not in _PATCHED:
-        _PATCHED[library] = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+        _PATCHED[library] = [(owner, name, vars(owner).get(name)) for owner, name, _ in changes]
         for owner, name, value in changes:
             setattr(owner, name, value)
 
 
 def unpatched(library):
     for owner, name, value in _PATCHED.pop(library, ()):
-        setattr(owner, name, value)
+        if value is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
 
 
 def spline(inputs, widths, heights, derivatives, inverse, tails, tail_bound, minima):
@@ -106,7 +109,12 @@ def constrained(original, outside=None):
 def _served(inputs, widths, heights, derivatives, slopes, bound, minima, bins):
     """Whether genkern's function takes these as they are; else the library's own says what is wrong, or knows what to do."""
     floats = all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in (inputs, widths, heights, derivatives))
-    if not floats or isinstance(bound, torch.Tensor) or not 0 < bound < math.inf:
+    if not floats or not numbers_served(bins, bound, *minima):
         return False
-    shapes = widths.shape == heights.shape == (*inputs.shape, bins) and derivatives.shape == (*inputs.shape, slopes or -1)
-    return shapes and all(m > 0 for m in minima) and all(m * bins <= 1 for m in minima[:2])
+    return widths.shape == heights.shape == (*inputs.shape, bins) and derivatives.shape == (*inputs.shape, slopes or -1)
+
+
+def numbers_served(bins, bound, min_width, min_height, min_derivative):
+    if isinstance(bound, torch.Tensor) or not 0 < bound < math.inf:
+        return False
+    return 0 < min_width * bins <= 1 and 0 < min_height * bins <= 1 and min_derivative > 0

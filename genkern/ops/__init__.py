@@ -24,6 +24,7 @@ from genkern.ops.flow._gaussian_log_prob import gaussian_log_prob
 from genkern.ops.flow._invertible_conv1x1 import invertible_conv1x1, plu_factors, plu_weight
 from genkern.ops.flow._made import made_inverse, made_masks, masked_linear
 from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_spline
+from genkern.ops.flow._rational_quadratic_spline_coupling import rational_quadratic_spline_coupling
 from genkern.ops.flow._squeeze import squeeze, unsqueeze
 from genkern.ops.vae._gaussian_kl import gaussian_kl
 from genkern.ops.vae._likelihood import bernoulli_nll, discretized_logistic_nll, gaussian_nll
@@ -66,6 +67,7 @@ __all__ = [
     "plu_weight",
     "q_sample",
     "rational_quadratic_spline",
+    "rational_quadratic_spline_coupling",
     "reparameterize",
     "reparameterize_kl",
     "sample_tokens",

@@ -7,6 +7,7 @@ import genkern
 from genkern import core
 
 BINS = 6
+ROWS = "rational_quadratic_spline_coupling"
 
 
 def parameters(slopes, n=200, scale=1.5, features=4):
@@ -37,6 +38,17 @@ def compare(ours, theirs, tensors, floor=1e-6, **options):
 
 def native(op):
     return core.OPS[op].available("cpu")["cpu"] is None
+
+
+def patched(fused, function):
+    def run(*args):
+        fused.patch()
+        try:
+            return function(*args)
+        finally:
+            fused.unpatch()
+
+    return run
 
 
 @pytest.mark.parametrize("library, tails", [("nflows", "linear"), ("normflows", "linear"), ("normflows", "circular")])
@@ -89,7 +101,7 @@ def test_a_patched_nflows_flow_and_back():
     mask, x = torch.tensor([1, 0, 1, 0]), torch.randn(64, 4)
     for make, op in (
         (lambda: AffineCouplingTransform(mask, net), "affine_coupling"),
-        (lambda: PiecewiseRationalQuadraticCouplingTransform(mask, net, tails="linear", tail_bound=2.0), "rational_quadratic_spline"),
+        (lambda: PiecewiseRationalQuadraticCouplingTransform(mask, net, tails="linear", tail_bound=2.0), ROWS),
     ):
         transform = make().eval()
         run = lambda t=transform: [v.detach() for pair in (t(x), t.inverse(x)) for v in pair]
@@ -128,25 +140,16 @@ def test_the_spline_layers_of_nflows(kind, tails):
         layer = kind(4, 16, context_features=2, num_blocks=1, **options)
     x = torch.randn(64, 4) if tails else torch.rand(64, 4)
 
-    def patched(function):
-        def run(*args):
-            fused.patch()
-            try:
-                return function(*args)
-            finally:
-                fused.unpatch()
-
-        return run
-
     def forward(x, context, *weights):
         y, log_det = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x, context))
         return y, log_det.unsqueeze(1).expand_as(y)
 
     names, weights = zip(*layer.named_parameters(), strict=True)
-    compare(patched(forward), forward, (x, torch.randn(64, 2), *(w.detach() for w in weights)))
+    compare(patched(fused, forward), forward, (x, torch.randn(64, 2), *(w.detach() for w in weights)))
     genkern.reset_stats()
-    patched(forward)(x, torch.randn(64, 2), *weights)
-    assert genkern.stats()["rational_quadratic_spline", "cpu" if native("rational_quadratic_spline") else "reference"] == 1
+    patched(fused, forward)(x, torch.randn(64, 2), *weights)
+    op = ROWS if tails else "rational_quadratic_spline"
+    assert genkern.stats()[op, "cpu" if native(op) else "reference"] == 1
 
 
 def test_a_spline_coupling_of_nflows_whose_network_has_no_width():
@@ -164,6 +167,66 @@ def test_a_spline_coupling_of_nflows_whose_network_has_no_width():
             layer(x)
     finally:
         fused.unpatch()
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("features", [2, 5])
+def test_the_lu_layer_of_nflows(features, inverse):
+    transforms = pytest.importorskip("nflows.transforms")
+    from genkern.integrations import nflows as fused
+
+    torch.manual_seed(0)
+    layer, x = transforms.LULinear(features, identity_init=False), torch.randn(17, features)
+    torch.nn.init.normal_(layer.bias)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *weights):
+        named = {f"layer.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        y, log_det = torch.func.functional_call(Direction(layer, inverse), named, (x,))
+        log_det += 1  # as CompositeTransform might: it has memory of its own
+        return y, log_det.unsqueeze(1).expand_as(y)
+
+    leaves = (x, *(w.detach() for w in weights))
+    compare(patched(fused, run), run, leaves)
+    double = [leaf.double().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(patched(fused, run), double)
+    layer.eval().use_cache()
+    wanted = run(x, *weights)
+    layer.cache.invalidate()
+    for one, other in zip(patched(fused, run)(x, *weights), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("use_batch_norm", [False, True])
+def test_the_residual_network_of_nflows(use_batch_norm):
+    nets = pytest.importorskip("nflows.nn.nets")
+    from genkern.integrations import nflows as fused
+
+    torch.manual_seed(0)
+    net = nets.ResidualNet(3, 4, hidden_features=8, context_features=2, use_batch_norm=use_batch_norm)
+    names, weights = zip(*net.named_parameters(), strict=True)
+
+    def run(x, context, *weights):
+        buffers = {n: b.to(x.dtype, copy=True) for n, b in net.named_buffers()}  # batch norms count what they see
+        y = torch.func.functional_call(net, dict(zip(names, weights, strict=True)) | buffers, (x, context))
+        return y, y
+
+    compare(patched(fused, run), run, (torch.randn(20, 3), torch.randn(20, 2), *(w.detach() for w in weights)))
+    x = torch.randn(5, 3)
+    alone = nets.ResidualNet(3, 4, hidden_features=8)
+    assert torch.equal(patched(fused, alone)(x), alone(x))
+
+
+class Direction(torch.nn.Module):
+    """A transform in one direction, as a module that functional_call takes."""
+
+    def __init__(self, layer, inverse):
+        super().__init__()
+        self.layer, self.inverse = layer, inverse
+
+    def forward(self, *args):
+        return self.layer.inverse(*args) if self.inverse else self.layer(*args)
 
 
 @pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"])

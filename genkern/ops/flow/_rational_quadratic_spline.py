@@ -94,18 +94,22 @@ def _check(x, widths, heights, derivatives, tails, tail_bound, min_bin_width, mi
     for name, tensor in (("widths", widths), ("derivatives", derivatives)):
         if tensor.device != x.device:
             raise ValueError(f"{_NAME}: {name} must be on the device of x, got {x.device} and {tensor.device}")
+    _check_numbers(_NAME, bins, tails, tail_bound, min_bin_width, min_bin_height, min_derivative)
+
+
+def _check_numbers(op, bins, tails, tail_bound, min_bin_width, min_bin_height, min_derivative):
     sizes = ("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)
     slopes_and_bound = ("tail_bound", tail_bound), ("min_derivative", min_derivative)
     for name, value in (*sizes, *slopes_and_bound):
-        check_number(_NAME, name, value)
+        check_number(op, name, value)
     for name, value in slopes_and_bound:
         if not (0 < value < math.inf):
-            raise ValueError(f"{_NAME}: {name} must be positive and finite, got {value}")
+            raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
     for name, value in sizes:
         if not 0 < value * bins <= 1:
-            raise ValueError(f"{_NAME}: {name} must lie in (0, 1 / bins], got {value} with {bins} bins")
+            raise ValueError(f"{op}: {name} must lie in (0, 1 / bins], got {value} with {bins} bins")
     if tails == "linear" and min_derivative >= 1:
-        raise ValueError(f"{_NAME}: min_derivative must be below 1, the slope of the linear tails, got {min_derivative}")
+        raise ValueError(f"{op}: min_derivative must be below 1, the slope of the linear tails, got {min_derivative}")
 
 
 def _bins(raw, min_size, bound):
