@@ -24,6 +24,22 @@ struct GroupNormGradients {  // data null: the argument is absent
   double* sums;  // [3][samples, channels]: of dz, of dz * xhat, of xhat; dz is the gradient before the activation
 };
 
+// What follows the affine map, and the gradient before it from that behind it.
+template <bool kSilu, class V>
+GK_FN V activated(V z) {
+  if constexpr (kSilu)
+    return silu(z);
+  else
+    return z;
+}
+template <bool kSilu, class V>
+GK_FN V before_activation(V dy, V z) {
+  if constexpr (kSilu)
+    return dy * silu_derivative(z);
+  else
+    return dy;
+}
+
 inline ScalarType group_norm_type(const Tensor& x, const MaybeTensor& x2) {
   return x2 ? promote(x.scalar_type(), x2->scalar_type()) : x.scalar_type();
 }
@@ -92,13 +108,20 @@ class GroupNormGradientCall {
   Tensor sums_;
 };
 
+// run(number of the arithmetic type, whether there is SiLU as a type)
+template <class F>
+void with_types(const GroupNormCall& call, const F& run) {
+  const auto of = [&](auto number) { call.job.silu ? run(number, std::true_type{}) : run(number, std::false_type{}); };
+  call.is_double() ? of(double{}) : of(float{});
+}
+
 // Kernels, of a device and a layout: kChannelDim of x, which is (samples, channels, ...) or (samples, pixels, channels), and
-// forward<S>(job, like), backward<S>(job, gradients, like) for arithmetic in S.
+// forward<S, kSilu>(job, like), backward<S, kSilu>(job, gradients, like) for arithmetic in S.
 template <class Kernels>
 void group_norm_into(GroupNormCall& call, const Tensor& x, const Tensor& y) {
   if (call.empty()) return;
   call.job.y = Rows(y).array();
-  call.is_double() ? Kernels::template forward<double>(call.job, x) : Kernels::template forward<float>(call.job, x);
+  with_types(call, [&](auto s, auto silu) { Kernels::template forward<decltype(s), decltype(silu)::value>(call.job, x); });
 }
 
 template <class Kernels>
@@ -131,7 +154,7 @@ std::vector<Tensor> group_norm_act_backward(Tensor grad, Tensor x, MaybeTensor x
     for (Tensor& gradient : back.gradients) torch::stable::zero_(gradient);
     return back.gradients;
   }
-  call.is_double() ? Kernels::template backward<double>(call.job, d, x) : Kernels::template backward<float>(call.job, d, x);
+  with_types(call, [&](auto s, auto silu) { Kernels::template backward<decltype(s), decltype(silu)::value>(call.job, d, x); });
   return back.gradients;
 }
 

@@ -200,9 +200,8 @@ void forward(const GroupNorm& job) {
           const S* p = u + i * channels + c;
           __builtin_prefetch(p + kAhead);
           __builtin_prefetch(out + i * channels + c + kAhead, 1);
-          V z = fma(load_part<V>(a + c, k), load_part<V>(p, k) - load_part<V>(centre + c, k), load_part<V>(b + c, k));
-          if constexpr (kSilu) z = silu(z);
-          store_part(out + i * channels + c, z, k);
+          const V z = fma(load_part<V>(a + c, k), load_part<V>(p, k) - load_part<V>(centre + c, k), load_part<V>(b + c, k));
+          store_part(out + i * channels + c, activated<kSilu>(z), k);
         });
       if (out == out_buffer) write(job.y, sample, at * channels, out, n * channels);
     });
@@ -216,12 +215,7 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
   const std::vector<Moments> moments = moments_of_parts(parts);
   const std::vector<Channels<S>> of_samples = channels_of_samples(parts, moments);
   const int64_t channels = job.channels, per_group = job.channels_per_group(), rows = job.samples * channels;
-  const auto dz_of = [](V dy, V centred, V a, V b) GK_INLINE {
-    if constexpr (kSilu)
-      return dy * silu_derivative(fma(a, centred, b));
-    else
-      return dy;
-  };
+  const auto dz_of = [](V dy, V centred, V a, V b) GK_INLINE { return before_activation<kSilu>(dy, fma(a, centred, b)); };
   // dz stands in the gradient of x until that is written, unless that is in two pieces or of another type.
   const bool kept = kSilu && !d.x2.data && place<S>(d.x, 0, 0, nullptr) != nullptr;
   // Sums per channel of dz, dz xhat and xhat, of each part and then of each sample.
@@ -253,7 +247,6 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       for (int64_t c = 0; c < 3 * channels; c++) sums[c] += tile_sums[c];
     });
   });
-  double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + rows, *const sum_xhat = d.sums + 2 * rows;
   std::fill(d.sums, d.sums + 3 * rows, 0.0);
   for (int64_t index = 0; index < job.samples * parts.count; index++)
     for (int64_t i = 0; i < 3; i++)
@@ -265,23 +258,13 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
     const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
     for (int64_t g = 0; g < job.groups; g++) {
       const Statistics<S> s = statistics(parts, sample, g, moments);
-      const double size = static_cast<double>(per_group * job.pixels);
       const int64_t first = g * per_group, row = sample * channels + first;
-      const double *const weight = of.weight + first, *const bias = of.bias + first, *const gain = of.gain + first;
-      const double *const of_dz = sum_dz + row, *const of_dz_xhat = sum_dz_xhat + row, *const of_xhat = sum_xhat + row;
-      const double mean_g = sum_of_terms(per_group, [&](int64_t c) { return gain[c] * weight[c] * of_dz[c]; }) / size;
-      const double mean_g_xhat = sum_of_terms(per_group, [&](int64_t c) { return gain[c] * weight[c] * of_dz_xhat[c]; }) / size;
+      const auto [mean_g, mean_g_xhat] = put_channel_gradients(job, d, s, of, first, row);
       std::fill_n(p.begin() + row, per_group, static_cast<S>(s.rstd * mean_g));
       std::fill_n(q.begin() + row, per_group, static_cast<S>(s.rstd * mean_g_xhat));
-      put<S>(d.shift, row, per_group, [&](int64_t c) { return of_dz[c]; });
-      put<S>(d.scale, row, per_group, [&](int64_t c) { return weight[c] * of_dz_xhat[c] + bias[c] * of_dz[c]; });
-      put<S>(d.pre_bias, row, per_group, [&](int64_t c) {
-        const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * of_xhat[c];
-        return s.rstd * (gain[c] * weight[c] * of_dz[c] - of_pixels);
-      });
     }
   }
-  put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
+  put_parameter_gradients<S>(job, d);
   parts.each([&](int64_t sample, int64_t part) {
     const Channels<S>& of = of_samples[static_cast<size_t>(sample)];
     const S *const centre = of.centre.data(), *const rstd = of.rstd.data(), *const offset = of.offset.data();
@@ -318,13 +301,13 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
 
 struct OnCpuLast {
   static constexpr int kChannelDim = 2;
-  template <class S>
+  template <class S, bool kSilu>
   static void forward(const GroupNorm& job, const Tensor&) {
-    job.silu ? gk::forward<S, true>(job) : gk::forward<S, false>(job);
+    gk::forward<S, kSilu>(job);
   }
-  template <class S>
+  template <class S, bool kSilu>
   static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
-    job.silu ? gk::backward<S, true>(job, d) : gk::backward<S, false>(job, d);
+    gk::backward<S, kSilu>(job, d);
   }
 };
 

@@ -126,15 +126,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const GroupNorm job, 
   const Affine<S> affine(job, column.row(), column.channel);
   const S pre_bias = column.pre_bias();
   for (int64_t pixel = column.begin + column.first; pixel < column.end; pixel += kRows) {
-    S z = fma(affine.a, fma(column.x(pixel) + pre_bias - s.centre, s.rstd, s.offset), affine.b);
-    if (kSilu) z = silu(z);
-    write_one(job.y, column.sample * job.y.row_stride + column.in_sample(pixel), z);
+    const S z = fma(affine.a, fma(column.x(pixel) + pre_bias - s.centre, s.rstd, s.offset), affine.b);
+    write_one(job.y, column.sample * job.y.row_stride + column.in_sample(pixel), activated<kSilu>(z));
   }
-}
-
-template <bool kSilu, class S>
-__device__ __forceinline__ S dz_of(S dy, S xhat, const Affine<S>& affine) {
-  return kSilu ? dy * silu_derivative(fma(affine.a, xhat, affine.b)) : dy;
 }
 
 // Of the channels of each part the sums of dz, dz xhat and xhat: sums (3, samples parts, channels).
@@ -152,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
       S part[3] = {};
       for (int k = 0; k < 16 && pixel < column.end; k++, pixel += kRows) {
         const S xhat = fma(column.x(pixel) + pre_bias - s.centre, s.rstd, s.offset);
-        const S dz = dz_of<kSilu>(column.dy(d, pixel), xhat, affine);
+        const S dz = before_activation<kSilu>(column.dy(d, pixel), fma(affine.a, xhat, affine.b));
         part[0] += dz, part[1] += dz * xhat, part[2] += xhat;
       }
       for (int j = 0; j < 3; j++) total[j] += part[j];
@@ -165,34 +159,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block for each group of a sample: sums over the parts, the means over the group, and the gradients of (samples, channels).
+// One block for each group of a sample: the sums over its parts, and what follows from them.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     channels_kernel(const GroupNorm job, const GroupNormGradients d, const Parts parts, const double* sums, Known<S>* known) {
   __shared__ double shared[kThreads];
   const int per_group = static_cast<int>(job.channels_per_group());
   const int64_t sample = blockIdx.x / job.groups, first = blockIdx.x % job.groups * per_group, rows = job.samples * job.channels;
-  double g = 0, g_xhat = 0;
   for (int i = static_cast<int>(threadIdx.x); i < per_group; i += kThreads) {
-    const int64_t channel = first + i, row = sample * job.channels + channel;
+    const int64_t channel = first + i;
     double all[3] = {};
     for (int64_t part = 0; part < parts.count; part++)
       for (int j = 0; j < 3; j++)
         all[j] += sums[(j * job.samples + sample) * parts.count * job.channels + part * job.channels + channel];
-    for (int j = 0; j < 3; j++) d.sums[j * rows + row] = all[j];
-    const Affine<S> affine(job, row, channel);
-    g += affine.a * all[0], g_xhat += affine.a * all[1];
-    put<S>(d.shift, row, all[0]);
-    put<S>(d.scale, row, affine.weight * all[1] + affine.bias * all[0]);
+    for (int j = 0; j < 3; j++) d.sums[j * rows + sample * job.channels + channel] = all[j];  // read by this thread alone
   }
-  const double mean_g = block_sum(g, shared) * job.inverse_size, mean_g_xhat = block_sum(g_xhat, shared) * job.inverse_size;
-  for (int i = static_cast<int>(threadIdx.x); i < per_group; i += kThreads) {
-    const int64_t channel = first + i, row = sample * job.channels + channel;
-    const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * d.sums[2 * rows + row];
-    put<S>(d.pre_bias, row, (Affine<S>(job, row, channel).a * d.sums[row] - of_pixels) * known[blockIdx.x].rstd);
-  }
-  if (threadIdx.x == 0)
-    known[blockIdx.x].mean_g = static_cast<S>(mean_g), known[blockIdx.x].mean_g_xhat = static_cast<S>(mean_g_xhat);
+  Known<S>& s = known[blockIdx.x];
+  const Means mean = put_channel_gradients(job, d, s.rstd, shared);
+  if (threadIdx.x == 0) s.mean_g = static_cast<S>(mean.g), s.mean_g_xhat = static_cast<S>(mean.g_xhat);
 }
 
 template <class S, bool kSilu>
@@ -206,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t of_x = job.channels_of_x, channel = column.channel;
   for (int64_t pixel = column.begin + column.first; pixel < column.end; pixel += kRows) {
     const S xhat = fma(column.x(pixel) + pre_bias - s.centre, s.rstd, s.offset);
-    const S dz = dz_of<kSilu>(column.dy(d, pixel), xhat, affine);
+    const S dz = before_activation<kSilu>(column.dy(d, pixel), fma(affine.a, xhat, affine.b));
     const S dx = (fma(affine.a, dz, -s.mean_g) - s.mean_g_xhat * xhat) * s.rstd;
     if (channel < of_x)
       write_one(d.x, column.sample * d.x.row_stride + pixel * of_x + channel, dx);
@@ -252,20 +236,20 @@ class Run {
 
 struct OnCudaLast {
   static constexpr int kChannelDim = 2;
-  template <class S>
+  template <class S, bool kSilu>
   static void forward(const GroupNorm& job, const Tensor& like) {
     const Run<S> run(job, like);
-    const auto kernel = job.silu ? forward_kernel<S, true> : forward_kernel<S, false>;
+    const auto kernel = forward_kernel<S, kSilu>;
     GK_LAUNCH(kernel, run.blocks, run.threads, run.device.stream, job, run.parts, run.known);
   }
-  template <class S>
+  template <class S, bool kSilu>
   static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like) {
     const Run<S> run(job, like);
-    const auto sums = job.silu ? sums_kernel<S, true> : sums_kernel<S, false>;
+    const auto sums = sums_kernel<S, kSilu>;
     GK_LAUNCH(sums, run.blocks, run.threads, run.device.stream, job, d, run.parts, run.known, run.numbers);
     const auto channels = channels_kernel<S>;
     GK_LAUNCH(channels, run.groups, run.threads, run.device.stream, job, d, run.parts, run.numbers, run.known);
-    const auto gradient = job.silu ? gradient_kernel<S, true> : gradient_kernel<S, false>;
+    const auto gradient = gradient_kernel<S, kSilu>;
     GK_LAUNCH(gradient, run.blocks, run.threads, run.device.stream, job, d, run.parts, run.known);
     put_parameter_gradients<S>(job, d, run.device);
   }

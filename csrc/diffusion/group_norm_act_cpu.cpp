@@ -172,9 +172,7 @@ void forward(const GroupNorm& job) {
           each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
             __builtin_prefetch(out + start + i + kAhead, 1);
             if constexpr (kSilu) next(start + i);
-            V z = fma(a, load_part<V>(u + start + i, k) - centre, b);
-            if constexpr (kSilu) z = silu(z);
-            store_part(out + start + i, z, k);
+            store_part(out + start + i, activated<kSilu>(fma(a, load_part<V>(u + start + i, k) - centre, b)), k);
           });
         });
         if (out == out_buffer) write(job.y, group.sample, group.in_sample(at), out, n);
@@ -203,12 +201,6 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       affine.normalise(s, 0, per_group);
       S* const dz_of_group = in_place ? place<S>(d.x, group.sample, group.in_sample(0), nullptr) : kept.data();
       const V centre = splat<V>(s.centre()), rstd = splat<V>(s.rstd), offset = splat<V>(-s.rest() * s.rstd);
-      const auto dz_of = [](V dy, V u, V a, V b) GK_INLINE {
-        if constexpr (kSilu)
-          return dy * silu_derivative(fma(a, u, b));
-        else
-          return dy;
-      };
       const auto add_up = [&](auto with_xhat) {
         group.each_tile([&](int64_t at, int64_t n) {
           const S* u = group.values(at, n, buffer);
@@ -221,7 +213,8 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
               if constexpr (kSilu) next(start + i);
               __builtin_prefetch(dy + start + i + kAhead);
               const V centred = keep_first(load_part<V>(u + start + i, k) - centre, k);
-              const V dz = dz_of(load_part<V>(dy + start + i, k), centred, a, b), xhat = keep_first(fma(centred, rstd, offset), k);
+              const V dz = before_activation<kSilu>(load_part<V>(dy + start + i, k), fma(a, centred, b));
+              const V xhat = keep_first(fma(centred, rstd, offset), k);
               if (keep) store_part(dz_of_group + at + start + i, dz, k);
               total = total + dz;
               total_xhat = fma(dz, xhat, total_xhat);
@@ -235,32 +228,19 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
         });
       };
       job.pre_bias.data ? add_up(std::true_type{}) : add_up(std::false_type{});
-      const int64_t row = group.row(0);
-      const double *const of_dz = sum_dz + row, *const of_dz_xhat = sum_dz_xhat + row, *const of_xhat = sum_xhat + row;
-      const auto mean = [&](const double* of) {
-        return sum_of_terms(per_group, [&](int64_t c) { return affine.gain[c] * affine.weight[c] * of[c]; }) /
-               static_cast<double>(group.size());
-      };
-      const double mean_g = mean(of_dz), mean_g_xhat = mean(of_dz_xhat);  // of g = dz * gain * weight, the gradient of xhat
-      put<S>(d.shift, row, per_group, [&](int64_t c) { return of_dz[c]; });
-      put<S>(d.scale, row, per_group, [&](int64_t c) { return affine.weight[c] * of_dz_xhat[c] + affine.bias[c] * of_dz[c]; });
-      put<S>(d.pre_bias, row, per_group, [&](int64_t c) {
-        const double g = affine.gain[c] * affine.weight[c] * of_dz[c];
-        return s.rstd * (g - mean_g * static_cast<double>(job.pixels) - mean_g_xhat * of_xhat[c]);
-      });
+      const auto [mean_g, mean_g_xhat] = put_channel_gradients(job, d, s, affine, 0, group.row(0));
+      const V p = splat<V>(s.rstd * mean_g), q = splat<V>(s.rstd * mean_g_xhat);
       group.each_tile([&](int64_t at, int64_t n) {
         const S* u = group.values(at, n, buffer);
         const S* dy = keep ? dz_of_group + at : read(d.grad, group.sample, group.in_sample(at), n, grad_buffer);
         group.each_channel(at, n, [&](int64_t channel, int64_t start, int64_t count) {
           const V a = splat<V>(affine.a[channel]), b = splat<V>(affine.b[channel]);
-          // rstd (g - mean_g - mean_g_xhat xhat) = a dz - p - q xhat
-          const V p = splat<V>(s.rstd * mean_g), q = splat<V>(s.rstd * mean_g_xhat);
           const auto finish = [&](auto again) GK_INLINE {
             each_vector<V>(count, [&](int64_t i, int k) GK_INLINE {
               const V centred = load_part<V>(u + start + i, k) - centre, xhat = fma(centred, rstd, offset);
               V dz = load_part<V>(dy + start + i, k);
-              if constexpr (again()) dz = dz_of(dz, centred, a, b);
-              store_part(out + start + i, fma(a, dz, -p) - q * xhat, k);
+              if constexpr (again()) dz = before_activation<kSilu>(dz, fma(a, centred, b));
+              store_part(out + start + i, fma(a, dz, -p) - q * xhat, k);  // rstd (g - mean_g - mean_g_xhat xhat)
             });
           };
           keep ? finish(std::false_type{}) : finish(std::true_type{});
@@ -275,18 +255,18 @@ void backward(const GroupNorm& job, const GroupNormGradients& d) {
       });
     }
   });
-  put_parameter_gradients<S>(job, d, sum_dz, sum_dz_xhat);
+  put_parameter_gradients<S>(job, d);
 }
 
 struct OnCpu {
   static constexpr int kChannelDim = 1;
-  template <class S>
+  template <class S, bool kSilu>
   static void forward(const GroupNorm& job, const Tensor&) {
-    job.silu ? gk::forward<S, true>(job) : gk::forward<S, false>(job);
+    gk::forward<S, kSilu>(job);
   }
-  template <class S>
+  template <class S, bool kSilu>
   static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor&) {
-    job.silu ? gk::backward<S, true>(job, d) : gk::backward<S, false>(job, d);
+    gk::backward<S, kSilu>(job, d);
   }
 };
 

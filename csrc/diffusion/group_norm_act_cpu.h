@@ -125,11 +125,34 @@ class Affine {
   }
 };
 
-// Gradients of weight and bias from the sums over samples of those of dz and dz xhat per channel, (samples, channels) each.
+// What follows from the sums over pixels in d.sums: of one group, whose numbers stand in `affine` from `first` on and whose sums
+// from `row` on, the gradients per sample and channel; returns the means over the group of g = dz gain weight, the gradient of
+// xhat, and of g xhat.
 template <class S>
-void put_parameter_gradients(const GroupNorm& job, const GroupNormGradients& d, const double* sum_dz, const double* sum_dz_xhat) {
+std::pair<double, double> put_channel_gradients(const GroupNorm& job, const GroupNormGradients& d, const Statistics<S>& s,
+                                                const Affine<S>& affine, int64_t first, int64_t row) {
+  const int64_t rows = job.samples * job.channels, n = job.channels_per_group();
+  const double *const sum_dz = d.sums + row, *const sum_dz_xhat = sum_dz + rows, *const sum_xhat = sum_dz_xhat + rows;
+  const double *const weight = affine.weight + first, *const bias = affine.bias + first, *const gain = affine.gain + first;
+  const auto mean = [&](const double* sum) {
+    return sum_of_terms(n, [&](int64_t c) { return gain[c] * weight[c] * sum[c]; }) / static_cast<double>(n * job.pixels);
+  };
+  const double mean_g = mean(sum_dz), mean_g_xhat = mean(sum_dz_xhat);
+  put<S>(d.shift, row, n, [&](int64_t c) { return sum_dz[c]; });
+  put<S>(d.scale, row, n, [&](int64_t c) { return weight[c] * sum_dz_xhat[c] + bias[c] * sum_dz[c]; });
+  put<S>(d.pre_bias, row, n, [&](int64_t c) {
+    const double of_pixels = mean_g * static_cast<double>(job.pixels) + mean_g_xhat * sum_xhat[c];
+    return s.rstd * (gain[c] * weight[c] * sum_dz[c] - of_pixels);
+  });
+  return {mean_g, mean_g_xhat};
+}
+
+// Of all samples, the gradients of weight and bias.
+template <class S>
+void put_parameter_gradients(const GroupNorm& job, const GroupNormGradients& d) {
   if (!d.weight.data && !d.bias.data) return;
   const int64_t channels = job.channels;
+  const double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + job.samples * channels;
   std::vector<double> scale(static_cast<size_t>(channels)), weight(scale), bias(scale);
   for (int64_t row = 0; row < job.samples * channels; row += channels) {
     numbers<S>(job.scale, row, channels, 0, scale.data());

@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) forward_kernel(const Gro
   for (int i = static_cast<int>(threadIdx.x); i < group.size; i += kThreads) {
     const int channel = i / group.pixels;
     const Affine<S> affine = group.affine(channel);
-    S z = fma(affine.a, fma(group.u(i, channel) - s.centre, s.rstd, s.offset), affine.b);
-    if (kSilu) z = silu(z);
-    write_one(job.y, group.sample * job.y.row_stride + group.in_sample(i), z);
+    const S z = fma(affine.a, fma(group.u(i, channel) - s.centre, s.rstd, s.offset), affine.b);
+    write_one(job.y, group.sample * job.y.row_stride + group.in_sample(i), activated<kSilu>(z));
   }
 }
 
@@ -83,11 +82,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   const Statistics<S> s(group, shared[0]);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % segment;
   const int64_t rows = job.samples * job.channels;
-  double *const sum_dz = d.sums, *const sum_dz_xhat = d.sums + rows, *const sum_xhat = d.sums + 2 * rows;
   const auto xhat_at = [&](int i, int channel) { return fma(group.u(i, channel) - s.centre, s.rstd, s.offset); };
   const auto dz_at = [&](int i, S xhat, const Affine<S>& affine) {
     const S dy = read_one(d.grad, group.sample * d.grad.row_stride + group.in_sample(i), S{});
-    return kSilu ? dy * silu_derivative(fma(affine.a, xhat, affine.b)) : dy;
+    return before_activation<kSilu>(dy, fma(affine.a, xhat, affine.b));
   };
   for (int first = 0; first < group.channels; first += kThreads / segment) {  // `segment` threads for each channel
     const int channel = first + thread / segment;
@@ -116,21 +114,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       for (int j = 0; j < 3; j++) d.sums[j * rows + group.row(channel)] = shared[j][thread];
   }
   __syncthreads();
-  double g = 0, g_xhat = 0;  // g = dz * gain * weight is the gradient of xhat
-  for (int channel = thread; channel < group.channels; channel += kThreads) {
-    const Affine<S> affine = group.affine(channel);
-    const int64_t row = group.row(channel);
-    g += affine.a * sum_dz[row], g_xhat += affine.a * sum_dz_xhat[row];
-    put<S>(d.shift, row, sum_dz[row]);
-    put<S>(d.scale, row, affine.weight * sum_dz_xhat[row] + affine.bias * sum_dz[row]);
-  }
-  const double mean_g = block_sum(g, shared[0]) * job.inverse_size, mean_g_xhat = block_sum(g_xhat, shared[0]) * job.inverse_size;
-  for (int channel = thread; channel < group.channels; channel += kThreads) {
-    const int64_t row = group.row(channel);
-    const double gradient = group.affine(channel).a * sum_dz[row] - mean_g * group.pixels - mean_g_xhat * sum_xhat[row];
-    put<S>(d.pre_bias, row, gradient * s.rstd);
-  }
-  const S p = static_cast<S>(mean_g), q = static_cast<S>(mean_g_xhat);
+  const Means mean = put_channel_gradients(job, d, s.rstd, shared[0]);
+  const S p = static_cast<S>(mean.g), q = static_cast<S>(mean.g_xhat);
   const int64_t border = job.channels_of_x * job.pixels;
   for (int i = thread; i < group.size; i += kThreads) {
     const int channel = i / group.pixels;
@@ -153,19 +138,19 @@ dim3 one_block_per_group(const GroupNorm& job) {
 
 struct OnCuda {
   static constexpr int kChannelDim = 1;
-  template <class S>
+  template <class S, bool kSilu>
   static void forward(const GroupNorm& job, const Tensor& like) {
     const OnDevice device(like);
-    const auto kernel = job.silu ? forward_kernel<S, true> : forward_kernel<S, false>;
+    const auto kernel = forward_kernel<S, kSilu>;
     GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job);
   }
 
-  template <class S>
+  template <class S, bool kSilu>
   static void backward(const GroupNorm& job, const GroupNormGradients& d, const Tensor& like) {
     const OnDevice device(like);
     int segment = 1;
     while (segment < kThreads && segment < job.pixels) segment *= 2;
-    const auto kernel = job.silu ? backward_kernel<S, true> : backward_kernel<S, false>;
+    const auto kernel = backward_kernel<S, kSilu>;
     GK_LAUNCH(kernel, one_block_per_group(job), dim3(kThreads), device.stream, job, d, segment);
     put_parameter_gradients<S>(job, d, device);
   }

@@ -48,6 +48,33 @@ struct Affine {  // z = a xhat + b; row counts channels of all samples
   }
 };
 
+// What follows from the sums over pixels in d.sums, with a block for each group of a sample: the gradients per sample and channel,
+// and the means over the group of g = dz gain weight, the gradient of xhat, and of g xhat.
+struct Means {
+  double g, g_xhat;
+};
+template <class S>
+__device__ __forceinline__ Means put_channel_gradients(const GroupNorm& job, const GroupNormGradients& d, S rstd, double* shared) {
+  const int64_t rows = job.samples * job.channels, per_group = job.channels_per_group();
+  const int64_t first = blockIdx.x % job.groups * per_group, of_sample = blockIdx.x / job.groups * job.channels;
+  double g = 0, g_xhat = 0;
+  for (int64_t channel = first + threadIdx.x; channel < first + per_group; channel += kThreads) {
+    const int64_t row = of_sample + channel;
+    const double dz = d.sums[row], dz_xhat = d.sums[rows + row];
+    const Affine<S> affine(job, row, channel);
+    g += affine.a * dz, g_xhat += affine.a * dz_xhat;
+    put<S>(d.shift, row, dz);
+    put<S>(d.scale, row, affine.weight * dz_xhat + affine.bias * dz);
+  }
+  const Means mean{block_sum(g, shared) * job.inverse_size, block_sum(g_xhat, shared) * job.inverse_size};
+  for (int64_t channel = first + threadIdx.x; channel < first + per_group; channel += kThreads) {
+    const int64_t row = of_sample + channel;
+    const double of_pixels = mean.g * static_cast<double>(job.pixels) + mean.g_xhat * d.sums[2 * rows + row];
+    put<S>(d.pre_bias, row, (Affine<S>(job, row, channel).a * d.sums[row] - of_pixels) * rstd);
+  }
+  return mean;
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads) parameters_kernel(const GroupNorm job, const GroupNormGradients d) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = job.samples * job.channels;

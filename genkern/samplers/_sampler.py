@@ -1,5 +1,6 @@
 """Sampler: from the rows of a subclass to a table, and the loop that calls the model and one fused step per evaluation."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,19 @@ class _Run:
 
 
 _TERMS = ("x", "m", "y", "n", "h1", "h2", "h3")
+
+
+def _without_gradients(function):
+    """torch.no_grad() where it is not on already: entering it takes as long as a step of a small latent."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 class Sampler:
@@ -122,7 +136,7 @@ class Sampler:
             )  # fmt: skip
         return prepared
 
-    @torch.no_grad()
+    @_without_gradients
     def sample(
         self,
         model: Callable,
@@ -176,63 +190,38 @@ class Sampler:
         callback        called as callback(evaluation, t, x) after each step; x is overwritten by the next one
         progress        a progress bar; needs tqdm
         """
-        name = type(self).__name__
-        if start is not None and image is not None:
-            raise ValueError(f"{name}.sample: give start or image, not both")
+        name, guided = f"{type(self).__name__}.sample", guidance_scale is not None
         given = start if start is not None else image
-        if shape is None:
-            if given is None:
-                raise ValueError(f"{name}.sample: give shape, start or image")
-            shape = given.shape
-        shape = random.as_size(f"{name}.sample", shape)
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name}.sample: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
-        if mask is not None and image is None:
-            raise ValueError(f"{name}.sample: mask needs image")
-        broadcasts = lambda given: all(a in (1, b) for a, b in zip(reversed(given), reversed(shape), strict=False))
-        if mask is not None and not (mask.dim() <= len(shape) and broadcasts(mask.shape)):
-            raise ValueError(f"{name}.sample: mask must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
-        if key is not None:
-            random.check_key(f"{name}.sample", key)
-            if key.dim() == 2 and key.shape[0] != shape[0]:
-                raise ValueError(f"{name}.sample: one key per sample needs key ({shape[0]}, 2), got {tuple(key.shape)}")
+        shape = _check_shapes(name, shape, start, image, mask, key)
         if not 0 < strength <= 1:
-            raise ValueError(f"{name}.sample: strength must be in (0, 1], got {strength}")
-        if unconditional is not None and guidance_scale is None:
-            raise ValueError(f"{name}.sample: unconditional needs guidance_scale")
+            raise ValueError(f"{name}: strength must be in (0, 1], got {strength}")
+        model_dtype = model_dtype or dtype
+        if (model_dtype == torch.float64) != (dtype == torch.float64):
+            raise ValueError(f"{name}: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
+        if not guided and (unconditional is not None or guidance_momentum):
+            raise ValueError(f"{name}: {'guidance_momentum' if guidance_momentum else 'unconditional'} needs guidance_scale")
+        if not 0 <= guidance_rescale <= 1 or not (guidance_max_norm is None or guidance_max_norm > 0):
+            got = f"{guidance_rescale} and {guidance_max_norm}"
+            raise ValueError(f"{name}: guidance_rescale must be in [0, 1], guidance_max_norm positive, got {got}")
+        learned = self.learned_variance
+        if learned and len(shape) < 2:
+            raise ValueError(f"{name}: a learned variance needs channels, got shape {tuple(shape)}")
         device = torch.device(device if device is not None else "cpu" if given is None else given.device)
         begin = len(self.grid) - max(1, round(len(self.grid) * strength)) if image is not None else 0
-        guided = guidance_scale is not None
         interval = (*map(float, guidance_interval), float(guidance_scale)) if guided else None
         doubled = (shape[0] * (1 + guided), *shape[1:])
         run = self._prepare(begin, interval, dtype, doubled[0], device)
         rows, table, times, noisy = run.rows, run.table, run.times, run.noisy
 
-        keys = None
-        if start is None or (any(noisy) and noise is None):
-            key = random.draw_key(generator) if key is None else key
-            keys = random.split(key, len(rows) + 1)
-            keys = keys if keys.dim() == 2 else keys.transpose(0, 1).contiguous()  # (evaluations + 1[, N], 2)
-            keys = keys.to(device) if keys.dim() == 3 or keys.device.type != "cpu" else keys
+        keys = _keys(key, generator, len(rows) + 1, device) if start is None or (any(noisy) and noise is None) else None
         x = self._initial(run.grid, shape, start, image, keys, device, dtype)
         if mask is not None:
             mask, image = mask.to(device, dtype), image.to(device, dtype)
             levels = [*(row.level for row in rows[1:]), (run.grid.alpha[-1], run.grid.sigma[-1])]
             first_noise = random.normal(keys[0], shape, dtype=dtype, device=device)
-        model_dtype = model_dtype or dtype
-        if (model_dtype == torch.float64) != (dtype == torch.float64):
-            raise ValueError(f"{name}.sample: float64 does not mix with narrower types, got dtype {dtype}, model_dtype {model_dtype}")
-        clip, learned = math.inf if self.clip is None else float(self.clip), self.learned_variance
-        if guidance_momentum and not guided:
-            raise ValueError(f"{name}.sample: guidance_momentum needs guidance_scale")
         difference = 0.0  # c - u with momentum
         adaptive = guided and (guidance_rescale != 0 or guidance_parallel != 1 or guidance_max_norm is not None)
-        if not 0 <= guidance_rescale <= 1 or not (guidance_max_norm is None or guidance_max_norm > 0):
-            got = f"{guidance_rescale} and {guidance_max_norm}"
-            raise ValueError(f"{name}.sample: guidance_rescale must be in [0, 1], guidance_max_norm positive, got {got}")
         numbers = float(guidance_rescale), float(guidance_parallel), math.inf if guidance_max_norm is None else float(guidance_max_norm)
-        if learned and len(shape) < 2:
-            raise ValueError(f"{name}.sample: a learned variance needs channels, got shape {tuple(shape)}")
         expected = (doubled[0], 2 * shape[1], *shape[2:]) if learned else doubled
         conditions = self._conditions(conditions or {}, unconditional)
         # Where the model sees x as it is, x lies in the model's input: under guidance a step writes it once more, else not at all.
@@ -253,18 +242,18 @@ class Sampler:
         device, wide, samples, steps = x.device, dtype == torch.float64, shape[0], len(rows)
         backend, step = _sampler_step.bound(x, steps)
         given_moments = adaptive and (backend != "cpu" or self.threshold is not None)  # the CPU's step takes them itself
-        options = clip, *numbers, learned
+        options = math.inf if self.clip is None else float(self.clip), *numbers, learned
         plain = not (adaptive or learned) and self.clip is self.threshold is None
         absent = (None,) * (3 - max(count, self.renoise_unconditional))
-        for i in _progress(range(steps), progress, name):
+        for i in _progress(range(steps), progress, type(self).__name__):
             m = model(model_input, times[i], **conditions)
             if not isinstance(m, torch.Tensor):
                 m = getattr(m, "sample", m)
             if not isinstance(m, torch.Tensor):
-                raise TypeError(f"{name}.sample: the model must return a tensor, or it as .sample, got {type(m).__name__}")
+                raise TypeError(f"{name}: the model must return a tensor, or it as .sample, got {type(m).__name__}")
             if m.shape != expected or m.device != device:
                 got = f"{tuple(m.shape)} on {m.device}"
-                raise ValueError(f"{name}.sample: the model must return {tuple(expected)} on {x.device}, got {got}")
+                raise ValueError(f"{name}: the model must return {tuple(expected)} on {x.device}, got {got}")
             if (m.dtype == torch.float64) != wide:
                 m = m.to(dtype)
             if guidance_momentum:
@@ -277,7 +266,7 @@ class Sampler:
             elif noisy[i]:
                 given = noise(i).to(x)
                 if given.shape != shape:
-                    raise ValueError(f"{name}.sample: noise must have shape {tuple(shape)}, got {tuple(given.shape)}")
+                    raise ValueError(f"{name}: noise must have shape {tuple(shape)}, got {tuple(given.shape)}")
             last = i + 1 == steps
             if given_moments:
                 moments = _guidance_moments(m, learned)
@@ -327,6 +316,36 @@ class Sampler:
 def check_schedule(name, schedule):
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{name}: schedule must be a Schedule, such as Schedule.cosine(), got {type(schedule).__name__}")
+
+
+def _check_shapes(name, shape, start, image, mask, key):
+    """The shape of the samples."""
+    if start is not None and image is not None:
+        raise ValueError(f"{name}: give start or image, not both")
+    given = start if start is not None else image
+    if shape is None and given is None:
+        raise ValueError(f"{name}: give shape, start or image")
+    shape = given.shape if shape is None else random.as_size(name, shape)
+    if given is not None and given.shape != shape:
+        raise ValueError(f"{name}: start and image must have shape {tuple(shape)}, got {tuple(given.shape)}")
+    if mask is not None:
+        if image is None:
+            raise ValueError(f"{name}: mask needs image")
+        if mask.dim() > len(shape) or not all(a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False)):
+            raise ValueError(f"{name}: mask must broadcast to {tuple(shape)}, got {tuple(mask.shape)}")
+    if key is not None:
+        random.check_key(name, key)
+        if key.dim() == 2 and key.shape[0] != shape[0]:
+            raise ValueError(f"{name}: one key per sample needs key ({shape[0]}, 2), got {tuple(key.shape)}")
+    return shape
+
+
+def _keys(key, generator, count, device):
+    """(count, 2), on the host or on the device; (count, N, 2) on the device from one key per sample."""
+    keys = random.split(random.draw_key(generator) if key is None else key, count)
+    if keys.dim() == 3:
+        return keys.transpose(0, 1).contiguous().to(device)
+    return keys.to(device) if keys.device.type != "cpu" else keys
 
 
 def _progress(steps, wanted, name):
