@@ -225,10 +225,11 @@ Tensor convolve(const Tensor& x, const MaybeTensor& state, const Tensor& weight,
                 const MaybeTensor& condition, int64_t dilation, int64_t groups, Activation activation) {
   Tensor y = new_tensor(x, {x.size(0), weight.size(0) / (activation == Activation::kGate ? 2 : 1), x.size(2)});
   if (y.numel() == 0) return y;
+  const Sequences inputs(x);  // gathered once for each tap
   if (x.scalar_type() == ScalarType::Double)
-    run<double>(x, state, weight, bias, packed, condition, dilation, groups, activation, y);
+    run<double>(inputs.tensor, state, weight, bias, packed, condition, dilation, groups, activation, y);
   else
-    run<float>(x, state, weight, bias, packed, condition, dilation, groups, activation, y);
+    run<float>(inputs.tensor, state, weight, bias, packed, condition, dilation, groups, activation, y);
   return y;
 }
 
@@ -362,9 +363,9 @@ std::vector<Tensor> causal_conv1d_dense_backward(Tensor grad, Tensor x, MaybeTen
   if (state) d_state = new_tensor(x, state->sizes());
   if (bias) d_bias = new_tensor(x, bias->sizes());
   if (x.scalar_type() == ScalarType::Double)
-    backward<double>(grad, x, state, weight, dilation, groups, d_x, d_state, d_weight, d_bias);
+    backward<double>(Sequences(grad).tensor, Sequences(x).tensor, state, weight, dilation, groups, d_x, d_state, d_weight, d_bias);
   else
-    backward<float>(grad, x, state, weight, dilation, groups, d_x, d_state, d_weight, d_bias);
+    backward<float>(Sequences(grad).tensor, Sequences(x).tensor, state, weight, dilation, groups, d_x, d_state, d_weight, d_bias);
   std::vector<Tensor> gradients{d_x};
   if (d_state) gradients.push_back(*d_state);
   gradients.push_back(d_weight);
