@@ -14,6 +14,14 @@ namespace gk {
 constexpr int kChain = 32;  // short chains round less
 constexpr int kBlock = 16;  // outputs that lie side by side in packed weights: [block][depth][output]
 
+template <class V>
+GK_FN V in_register(V v) {  // where several instructions use it, each of which would load it again
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 template <class S>
 struct Tile {
   using V = typename Vector<S>::type;

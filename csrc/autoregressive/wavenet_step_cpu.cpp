@@ -119,15 +119,15 @@ void run(StackJob<S> job, const Tensor& x, const Tensor& past, const Tensor& wei
   step(job);
 }
 
-// Everything contiguous and of one type, but dilations int64; sizes are those of the Python side.
-Tensor wavenet_step(Tensor x, Tensor past, Tensor weights, MaybeTensor condition, Tensor dilations, int64_t taps, int64_t gate,
-                    int64_t skip, int64_t outputs, int64_t time) {
+// Everything contiguous and of one type; sizes are those of the Python side.
+Tensor wavenet_step(Tensor x, Tensor past, Tensor weights, MaybeTensor condition, std::vector<int64_t> dilations, int64_t taps,
+                    int64_t gate, int64_t skip, int64_t outputs, int64_t time) {
   Tensor y = new_tensor(x, {x.size(0), outputs});
   if (y.numel() == 0) return y;
   const auto job = [&](auto one) {
     return StackJob<decltype(one)>{
-        x.size(0), x.size(1),         gate, skip,         outputs,
-        taps,      dilations.size(0), time, past.size(1), static_cast<const int64_t*>(dilations.data_ptr())};
+        x.size(0),    x.size(1),       gate, skip, outputs, taps, static_cast<int64_t>(dilations.size()), time,
+        past.size(1), dilations.data()};
   };
   if (x.scalar_type() == ScalarType::Double)
     run(job(double{}), x, past, weights, condition, y);

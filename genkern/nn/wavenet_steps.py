@@ -17,7 +17,7 @@ class WaveNetSteps:
         conv = layers[0].conv
         self.convs, self.time = [layer.conv for layer in layers], 0
         self.sizes = [layer.conv.dilation[0] * (conv.kernel_size[0] - 1) for layer in layers]
-        self.dilations = torch.tensor([c.dilation[0] for c in self.convs])
+        self.dilations = [c.dilation[0] for c in self.convs]
         joined = [(layer.conv1x1_out, layer.conv1x1_skip) for layer in layers]
         pieces = []
         for layer, both in zip(layers, joined, strict=True):

@@ -12,7 +12,7 @@ from genkern.testing import Make, backends
 def _steps(arguments, steps, backend):
     """The outputs of some steps, whose rings come around, and the past after them."""
     past, outputs = arguments["past"].clone(), []
-    dilations, sizes = torch.tensor([1, 2, 4]), {"taps": module._TAPS, "gate": module._GATE, "skip": module._SKIP}
+    dilations, sizes = [1, 2, 4], {"taps": module._TAPS, "gate": module._GATE, "skip": module._SKIP}
     with genkern.backend(backend):
         for time in range(steps):
             x, condition = arguments["x"] + time, arguments["condition"]
@@ -31,7 +31,7 @@ def test_reference_is_the_kernel(backend):
 
 
 def test_other_devices_take_the_reference():
-    """Tensors of the meta device: an operation that met one of another device would fail; the dilations stay on the CPU."""
+    """Tensors of the meta device: an operation that met one of another device would fail."""
     op = OPS["wavenet_step"]
     assert all(op.available("cuda").values())
     arguments = {n: t.to("meta") for n, t in module._with_condition(Make(), (3, 6)).items()}

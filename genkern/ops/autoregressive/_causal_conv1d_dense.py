@@ -78,7 +78,7 @@ def _dense_backward(grad, x, state, weight, bias, packed, dilation, groups):
     return [g.to(t.dtype).contiguous() for g, t in zip(got, given, strict=True) if t is not None]
 
 
-for _backend in ("cpu", "cuda", "triton", "emulated"):
+for _backend in ("cuda", "triton", "emulated"):
     implements(_backend, "causal_conv1d_dense_backward")(_dense_backward)
 
 

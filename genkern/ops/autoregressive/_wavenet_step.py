@@ -21,7 +21,7 @@ def wavenet_step(x, past, weights, condition, dilations, *, taps, gate, skip, ou
                 gate's result, to the next layer and to the sum, as one (R + skip, gate / 2, 1); then (skip, skip, 1) and (outputs,
                 skip, 1). Each as pack_weights() gives it
     condition   (N, layers, gate), added before the gate, or None
-    dilations   (layers,) int64, of the CPU
+    dilations   one number per layer
     time        how many steps came before this one
 
     Returns (N, outputs). No checks: the caller is WaveNet. All tensors contiguous, of one type, float32 or float64. In float32 on
@@ -47,7 +47,7 @@ def _reference(x, past, weights, condition, dilations, taps, gate, skip, outputs
         return F.linear(x, matrix.view(blocks, depth, 16).mT.reshape(-1, depth)[:width], bias[:width])
 
     total = x.new_zeros(x.shape[0], skip)
-    for layer, dilation in enumerate(dilations.tolist()):
+    for layer, dilation in enumerate(dilations):
         size = (taps - 1) * dilation
         ring = past[:, row : row + size]
         window = [ring[:, (time + k * dilation) % size] for k in range(taps - 1)] + [x]
@@ -62,7 +62,7 @@ def _reference(x, past, weights, condition, dilations, taps, gate, skip, outputs
 
 _op = Op(
     "wavenet_step",
-    "(Tensor x, Tensor(a!) past, Tensor weights, Tensor? condition, Tensor dilations, int taps, int gate, int skip, int outputs, "
+    "(Tensor x, Tensor(a!) past, Tensor weights, Tensor? condition, int[] dilations, int taps, int gate, int skip, int outputs, "
     "int time) -> Tensor",
     reference=_reference,
     fake=lambda x, past, weights, condition, dilations, taps, gate, skip, outputs, time: x.new_empty(x.shape[0], outputs),
@@ -77,7 +77,7 @@ def _on_a_copy(x, past, weights, condition=None, time=37):
     dtype = promoted(x, past, weights, condition)
     x, weights, condition = (None if t is None else t.to(dtype).contiguous() for t in (x, weights, condition))
     past = past.to(dtype).clone(memory_format=torch.contiguous_format)
-    dilations = 2 ** torch.arange(int(math.log2(past.shape[1] // (_TAPS - 1) + 1)))
+    dilations = [2**i for i in range(int(math.log2(past.shape[1] // (_TAPS - 1) + 1)))]
     sizes = {"taps": _TAPS, "gate": _GATE, "skip": _SKIP, "outputs": _OUTPUTS, "time": time}
     return wavenet_step(x, past, weights, condition, dilations, **sizes), past
 
