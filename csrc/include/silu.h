@@ -18,8 +18,7 @@ GK_FN lane_f32 logistic(lane_f32 a) {  // in few instructions, since around SiLU
   const lane_f32 r = kLanes > 4
                          ? fma(n, splat<lane_f32>(-0.693147180559945), -a)  // of one rounding; where fma has two, in two parts
                          : fma(n, splat<lane_f32>(-1.4286068203e-6), fma(n, splat<lane_f32>(-0.693145751953125), -a));
-  const lane_f32 p = horner_fma(r, 1.0, 1.0, 0.5, 0.16666666, 0.041666463, 0.008333571, 0.0013935097);
-  const lane_f32 e = (lane_f32)((lane_i32)p + ((lane_i32)shifted << 23));  // p 2^n
+  const lane_f32 e = (lane_f32)((lane_i32)exp_polynomial(r) + ((lane_i32)shifted << 23));  // times 2^n
   return divide(splat<lane_f32>(1), e + 1.0f);
 }
 #endif

@@ -1,6 +1,7 @@
 // Negative log-likelihoods of the decoders: bernoulli_nll, gaussian_nll, discretized_logistic_nll. Summed over each sample in one
 // pass; the backward pass recomputes from the inputs. Formulas: genkern/ops/vae/_likelihood.py.
 #include "rows.h"
+#include "silu.h"
 
 namespace gk {
 namespace {
@@ -42,7 +43,7 @@ struct BernoulliNllBackward {
   NoNoise noise;
   template <class V>
   GK_FN void operator()(const V* in, const V* row, V, V* out, V*) const {
-    out[0] = row[0] * (sigmoid(in[0]) - in[1]);
+    out[0] = row[0] * (logistic(silu_bounded(in[0])) - in[1]);
   }
 };
 
