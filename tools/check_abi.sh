@@ -1,5 +1,5 @@
 #!/bin/sh
-# Loads the one binary of dist/ on several torch versions, runs the op tests there, and loads on each what those before it saved:
+# Loads the one binary of dist/ on several torch versions, tests ops and noise there, and loads on each what the others saved:
 #   tools/check_abi.sh python 2.11.0 2.15.0
 # Environments are kept in build/abi. ABI_INDEX_OPTIONS is handed to pip, where torch comes from elsewhere than the default index.
 set -eu
@@ -19,6 +19,7 @@ for version in "$@"; do
 import torch, genkern
 from genkern.core import libraries
 print('torch', torch.__version__, 'genkern', genkern.__file__, libraries())
-assert libraries()['cpu'][1] is None" && "$version/bin/python" -m pytest -q -c ../../pyproject.toml --rootdir . tests/test_every_op.py &&
-    "$version/bin/python" tests/tools/versions.py saved "$version")
+assert libraries()['cpu'][1] is None" && "$version/bin/python" -m pytest -q -c ../../pyproject.toml --rootdir . tests/test_every_op.py \
+      tests/test_core.py tests/test_random.py && "$version/bin/python" tests/tools/versions.py saved "$version")
 done
+for version in "$@"; do (cd build/abi && "$version/bin/python" tests/tools/versions.py saved "$version"); done

@@ -1,9 +1,11 @@
-"""Load what other torch versions saved into FOLDER, then save the same for them: python versions.py FOLDER NAME (tools/check_abi.sh).
+"""Load what other torch versions saved into FOLDER, and save the same for them: python versions.py FOLDER NAME (tools/check_abi.sh).
 
 A model, with what it gave; and a run that training goes on from.
 """
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -31,10 +33,14 @@ def main(folder, name):
         torch.testing.assert_close(got["log_prob"], expected["log_prob"])
         assert (got["sample"].int() - expected["sample"].int()).abs().max() <= 1  # a pixel on the edge of two levels
         model = toys.ToyDenoiser(toys.ToyConfig())
-        fit(model, toys.points(), other / "run", resume=True, epochs=3, **SETTINGS)
+        with tempfile.TemporaryDirectory() as run:  # a copy, so that every version goes on from the same place
+            shutil.copytree(other / "run", run, dirs_exist_ok=True)
+            fit(model, toys.points(), run, resume=True, epochs=3, **SETTINGS)
         finished = safetensors.torch.load_file(other / "finished.safetensors")
         torch.testing.assert_close(dict(model.state_dict()), finished, rtol=1e-4, atol=1e-6)
         print(f"torch {torch.__version__}: loads and goes on from what {other.name} saved")
+    if (folder / name).exists():  # the second time round, to load what newer versions saved
+        return
     torch.manual_seed(0)
     model = VAE(VAEConfig(levels=16, width=4, hidden=32, latent=5)).eval()
     model.save_pretrained(folder / name / "model")
