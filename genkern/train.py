@@ -81,16 +81,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     facts = {"genkern": __version__, "class": core.kind, "data": data.name, "window": data.window, "seed": seed}
     facts.update(training=dataclasses.asdict(settings), config=dataclasses.asdict(core.config))
     facts = json.loads(json.dumps(facts))  # tuples are lists, as they come back
-    if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
-        run.restore(folder / "last.safetensors", facts)
-        if rank == 0:
-            run.write_history(folder)  # a kill may have come before it
-    elif world > 1:  # one start for all
-        for x in core.state_dict().values():
-            if not is_sharded([x]):
-                torch.distributed.broadcast(x, 0)
-        run.restart_ema()
-
+    _begin(run, folder, facts, resume)
     device = next(core.parameters()).device
     sharded = is_sharded(core.parameters())
     takes_part = sharded or rank == 0  # in evaluating and saving: a sharded model needs all its parts
@@ -313,6 +304,20 @@ def _settings(model, training):
     check_choice("fit", "schedule", s.schedule, ("constant", "cosine"))
     check_choice("fit", "precision", s.precision, ("float32", "bfloat16"))
     return s
+
+
+def _begin(run, folder, facts, resume):
+    """Where the run in the folder stopped, or from the weights of the first process."""
+    rank, world = _rank_and_world()
+    if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(run.model.parameters()).device):
+        run.restore(folder / "last.safetensors", facts)
+        if rank == 0:
+            run.write_history(folder)  # a kill may have come before it
+    elif world > 1:
+        for x in run.model.state_dict().values():
+            if not is_sharded([x]):
+                torch.distributed.broadcast(x, 0)
+        run.restart_ema()
 
 
 def _prepare(folder, facts, resume):

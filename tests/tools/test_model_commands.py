@@ -153,6 +153,7 @@ def test_help_and_a_missing_name(capsys):
 def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     out = tmp_path / "new"
     assert "did you mean 'toy-images'?" in refused(capsys, "train", "toy-imges", "--data", "digits", "--out", out)
+    assert "did you mean 'cvae'?" in refused(capsys, "train", "cva", "--data", "digits", "--out", out)
     assert "did you mean 'digits'?" in refused(capsys, "train", "toy-images", "--data", "digit", "--out", out)
     assert "invalid int value: 'x'" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "x")
     assert "epochs must be an int of at least 1, got 0" in refused(
