@@ -25,7 +25,7 @@ import torch
 
 from genkern import random
 from genkern._extras import extra
-from genkern.ops._common import check_int
+from genkern.ops._common import check_choice, check_int
 
 SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slice(1617, 1797)}
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -63,8 +63,7 @@ class Data:
 
     def split(self, name):
         """(inputs, labels) of "train", "validation" or "test"."""
-        if name not in SPLITS:
-            raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {name!r}")
+        check_choice("data", "split", name, SPLITS)
         return getattr(self, name)
 
     def by_class(self):
@@ -139,8 +138,8 @@ def digits(split=None):
     split "train" (1437 images), "validation" (180) or "test" (180), the same on every machine; None: all 1797, in the
     order of the source. The levels stay as they are counted, not stretched to 0..255: images / 16 is the ink of a pixel.
     """
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"digits: split must be None or one of {', '.join(SPLITS)}, got {split!r}")
+    if split is not None:
+        check_choice("digits", "split", split, SPLITS)
     source = extra("digits", "sklearn.datasets", "scikit-learn").load_digits()
     images = torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).to(torch.int64)

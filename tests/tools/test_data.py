@@ -33,7 +33,7 @@ def test_digits_is_built_in():
     data = load("digits")
     assert data.shape == (1, 8, 8) and data.levels == 16 and data.classes == 10
     assert [len(data.split(s)[0]) for s in ("train", "validation", "test")] == [1437, 180, 180]
-    with pytest.raises(ValueError, match="validation, test"):
+    with pytest.raises(ValueError, match="'validation', 'test', got 'dev'"):
         data.split("dev")
 
 
