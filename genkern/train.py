@@ -59,9 +59,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     save_every: steps between checkpoints within an epoch, beside the one after it. training: the fields of Training,
     by default the model's own. Each epoch leaves out the last len(train) % batch_size samples of its shuffled order.
     """
-    core = getattr(model, "_orig_mod", model)
-    core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
-    _check_model("fit", core)
+    core = _core("fit", model)
     check_data("fit", data)
     settings = _settings(core, training)
     shuffle, noise, validation = random.split(random.key(seed), 3)
@@ -138,7 +136,7 @@ def sample(model, n, *, key, batch_size=256, **conditions):
     For models whose sample() takes one key per sample. conditions: tensors with n rows, or the same for all. With a sharded model,
     whose parts come together for each layer, all processes draw all samples.
     """
-    _check_model("sample", model)
+    model = _core("sample", model)
     check_int("sample", "n", n, 0)
     if is_sharded(model.parameters()):
         return _gathering(model, "sample")(n, key=random.split(key, n), batch_size=batch_size, **conditions)
@@ -156,9 +154,13 @@ def sample(model, n, *, key, batch_size=256, **conditions):
     return torch.cat(parts)[:n]
 
 
-def _check_model(name, model):
-    if not isinstance(model, Model):
-        raise TypeError(f"{name}: model must be one of genkern.models, got {type(model).__name__}")
+def _core(name, model):
+    """The genkern model inside torch.compile's or DistributedDataParallel's."""
+    core = getattr(model, "_orig_mod", model)
+    core = core.module if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
+    if not isinstance(core, Model):
+        raise TypeError(f"{name}: model must be one of genkern.models, got {type(core).__name__}")
+    return core
 
 
 class _Run:
