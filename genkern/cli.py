@@ -151,7 +151,7 @@ def bench(argv):
 def train(argv):
     """Train a model: genkern train vae --data digits --out run [--resume] [--epochs 20 ...]; under torchrun by several processes."""
     parser = _Parser(prog="genkern train", description=train.__doc__)
-    parser.add_argument("name", help=f"of the model: {', '.join(model_names())}")
+    parser.add_argument("name", help=f"of the model: {', '.join(model_names())}; conditional-vae is also cvae, and so on")
     parser.add_argument(
         "--data",
         required=True,
@@ -399,7 +399,7 @@ def model_class(name):
     found = found or [kind for full, kind in names.items() if "-" in full and initials(full) == name.lower()]
     if len(found) == 1:
         return found[0]
-    close = difflib.get_close_matches(name.lower(), names, 1)
+    close = difflib.get_close_matches(name.lower(), [*names, *map(initials, names)], 1)
     raise ValueError(f"no model {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"the models are {', '.join(names)}"))
 
 

@@ -18,13 +18,14 @@ import dataclasses
 import difflib
 import os
 import wave
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from genkern import random
 from genkern._extras import extra
-from genkern.ops._common import check_int
+from genkern.ops._common import check_choice, check_int
 
 SPLITS = {"train": slice(0, 1437), "validation": slice(1437, 1617), "test": slice(1617, 1797)}
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -48,6 +49,13 @@ class Data:
     rate: int | None = None  # sound: samples per second
     pictures: dict = dataclasses.field(default_factory=dict)  # {class name: the picture (C, H, W) its held-out patches are cut from}
 
+    def __post_init__(self):
+        for split in SPLITS:
+            match getattr(self, split):
+                case (torch.Tensor() as x, (None | torch.Tensor()) as labels) if labels is None or len(labels) == len(x):
+                    continue
+            raise ValueError(f"Data: {split} must be (inputs, labels), tensors of one length, or (inputs, None)")
+
     @property
     def classes(self):
         """The number of classes, 0 without labels."""
@@ -55,8 +63,7 @@ class Data:
 
     def split(self, name):
         """(inputs, labels) of "train", "validation" or "test"."""
-        if name not in SPLITS:
-            raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {name!r}")
+        check_choice("data", "split", name, SPLITS)
         return getattr(self, name)
 
     def by_class(self):
@@ -88,46 +95,41 @@ def load(source, *, window=None):
         check_int("load", "window", window)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"load: source must be a name or a path, got {type(source).__name__}")
+    read, length = BUILT_IN[source] if isinstance(source, str) and source in BUILT_IN else _reader(source)
+    if length is not None:
+        return read(window or length)
+    if window is not None:
+        raise ValueError(f"load: window is for text and sound; {source} is not cut into windows")
+    return read()
+
+
+def _reader(source):
+    """(what reads a folder or file, the default length of its windows or None): the function takes the length, where there is one."""
     path = Path(os.path.abspath(source))  # the name of the data serves from other folders too
-    if str(source) in IMAGES_BUILT_IN:
-        _no_windows(source, window)
-        return IMAGES_BUILT_IN[source]()
-    if str(source) == "topics":
-        return _topics(window or 128)
-    if str(source) == "plucks":
-        return _plucks(window or 1024)
+    kind = path.suffix.lower()
     if path.is_dir():
-        files = sorted(
-            p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
-        kinds = {p.suffix.lower() for p in files}
-        if kinds & IMAGES and ".wav" in kinds:
+        shown = lambda p: not any(part.startswith(".") for part in p.relative_to(path).parts)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and shown(p))
+        images, sounds = [p for p in files if p.suffix.lower() in IMAGES], [p for p in files if p.suffix.lower() == ".wav"]
+        if images and sounds:
             raise ValueError(f"load: {path} holds images and .wav files: give a folder of one kind")
-        if kinds & IMAGES:
-            _no_windows(source, window)
-            return _images(path, [p for p in files if p.suffix.lower() in IMAGES])
-        if ".wav" in kinds:
-            return _sound(path, [p for p in files if p.suffix.lower() == ".wav"], window or 1024)
+        if images:
+            return partial(_images, path, images), None
+        if sounds:
+            return partial(_sound, path, sounds), 1024
         found = f"{len(files)} files, but none" if files else "no file"
         raise ValueError(f"load: {path} has {found} that ends in {', '.join(sorted(IMAGES))} or .wav")
     if path.is_file():
-        if path.suffix.lower() == ".npy":
-            _no_windows(source, window)
-            return _npy(path)
-        if path.suffix.lower() == ".wav":
-            return _sound(path, [path], window or 1024)
-        if path.suffix.lower() in IMAGES:
+        if kind in IMAGES:
             raise ValueError(f"load: {path} is one image: give the folder of the images")
-        try:
-            return _text(str(path), path.read_bytes(), window or 128)
-        except OSError as error:
-            raise ValueError(f"load: {path} cannot be read: {error}") from error
-    built_in = (*IMAGES_BUILT_IN, "topics", "plucks")
-    close = difflib.get_close_matches(str(source), built_in, 1)
+        if kind == ".npy":
+            return partial(_npy, path), None
+        return (partial(_sound, path, [path]), 1024) if kind == ".wav" else (partial(_file, path), 128)
+    close = difflib.get_close_matches(str(source), BUILT_IN, 1)
     if not close and path.parent.is_dir():
         close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)]
-    hint = f"; did you mean {close[0]!r}?" if close else f"; built in: {', '.join(built_in)}"
-    raise FileNotFoundError(f"load: no data set and no file {str(source)!r}{hint}")
+    hint = f"; did you mean {close[0]!r}?" if close else f"; built in: {', '.join(BUILT_IN)}"
+    raise FileNotFoundError(f"load: no data set and no file {source!r}{hint}")
 
 
 def digits(split=None):
@@ -136,8 +138,8 @@ def digits(split=None):
     split "train" (1437 images), "validation" (180) or "test" (180), the same on every machine; None: all 1797, in the
     order of the source. The levels stay as they are counted, not stretched to 0..255: images / 16 is the ink of a pixel.
     """
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"digits: split must be None or one of {', '.join(SPLITS)}, got {split!r}")
+    if split is not None:
+        check_choice("digits", "split", split, SPLITS)
     source = extra("digits", "sklearn.datasets", "scikit-learn").load_digits()
     images = torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target).to(torch.int64)
@@ -229,13 +231,17 @@ def _plucks(length):
     mixed = sound.sum(0)[: rate * seconds].float() + hiss
     mixed = (mixed.clamp(-1, 1) * 32767).round() / 32768
     count = len(mixed) // length
-    if count == 0:
-        raise ValueError(f"load: plucks has {len(mixed)} samples, less than one window of {length}")
     windows = mixed[: count * length].view(count, 1, length)
     return _split("plucks", windows, None, f"windows of {length} samples", levels=None, window=length, rate=rate)
 
 
-IMAGES_BUILT_IN = {"digits": _digits, "digits32": _digits32, "photos": _photos}
+BUILT_IN = {  # (what makes it, the default length of its windows)
+    "digits": (_digits, None),
+    "digits32": (_digits32, None),
+    "photos": (_photos, None),
+    "topics": (_topics, 128),
+    "plucks": (_plucks, 1024),
+}
 
 
 def _images(path, files):
@@ -302,6 +308,13 @@ def _npy(path):
     return _shuffle_and_split(str(path), x.unsqueeze(1) if x.dim() == 3 else x, None, levels=levels)
 
 
+def _file(path, length):
+    try:
+        return _text(str(path), path.read_bytes(), length)
+    except OSError as error:
+        raise ValueError(f"load: {path} cannot be read: {error}") from error
+
+
 def _text(name, content, length):
     count = len(content) // length
     if count == 0:
@@ -355,8 +368,3 @@ def _split(name, x, labels, unit, **facts):
     parts = [slice(0, n - 2 * tenth), slice(n - 2 * tenth, n - tenth), slice(n - tenth, n)]
     splits = {split: (x[s], None if labels is None else labels[s]) for split, s in zip(SPLITS, parts, strict=True)}
     return Data(name, **splits, shape=tuple(x.shape[1:]), **facts)
-
-
-def _no_windows(source, window):
-    if window is not None:
-        raise ValueError(f"load: window is for text and sound; {source} is not cut into windows")

@@ -59,9 +59,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     save_every: steps between checkpoints within an epoch, beside the one after it. training: the fields of Training,
     by default the model's own. Each epoch leaves out the last len(train) % batch_size samples of its shuffled order.
     """
-    core = getattr(model, "_orig_mod", model)
-    core = getattr(core, "module", core) if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
-    _check_model("fit", core)
+    core = _core("fit", model)
     check_data("fit", data)
     settings = _settings(core, training)
     shuffle, noise, validation = random.split(random.key(seed), 3)
@@ -81,16 +79,7 @@ def fit(model, data, out=None, *, resume=False, seed=0, save_every=None, validat
     facts = {"genkern": __version__, "class": core.kind, "data": data.name, "window": data.window, "seed": seed}
     facts.update(training=dataclasses.asdict(settings), config=dataclasses.asdict(core.config))
     facts = json.loads(json.dumps(facts))  # tuples are lists, as they come back
-    if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(core.parameters()).device):
-        run.restore(folder / "last.safetensors", facts)
-        if rank == 0:
-            run.write_history(folder)  # a kill may have come before it
-    elif world > 1:  # one start for all
-        for x in core.state_dict().values():
-            if not is_sharded([x]):
-                torch.distributed.broadcast(x, 0)
-        run.restart_ema()
-
+    _begin(run, folder, facts, resume)
     device = next(core.parameters()).device
     sharded = is_sharded(core.parameters())
     takes_part = sharded or rank == 0  # in evaluating and saving: a sharded model needs all its parts
@@ -147,7 +136,7 @@ def sample(model, n, *, key, batch_size=256, **conditions):
     For models whose sample() takes one key per sample. conditions: tensors with n rows, or the same for all. With a sharded model,
     whose parts come together for each layer, all processes draw all samples.
     """
-    _check_model("sample", model)
+    model = _core("sample", model)
     check_int("sample", "n", n, 0)
     if is_sharded(model.parameters()):
         return _gathering(model, "sample")(n, key=random.split(key, n), batch_size=batch_size, **conditions)
@@ -165,9 +154,13 @@ def sample(model, n, *, key, batch_size=256, **conditions):
     return torch.cat(parts)[:n]
 
 
-def _check_model(name, model):
-    if not isinstance(model, Model):
-        raise TypeError(f"{name}: model must be one of genkern.models, got {type(model).__name__}")
+def _core(name, model):
+    """The genkern model inside torch.compile's or DistributedDataParallel's."""
+    core = getattr(model, "_orig_mod", model)
+    core = core.module if isinstance(core, torch.nn.parallel.DistributedDataParallel) else core
+    if not isinstance(core, Model):
+        raise TypeError(f"{name}: model must be one of genkern.models, got {type(core).__name__}")
+    return core
 
 
 class _Run:
@@ -313,6 +306,20 @@ def _settings(model, training):
     check_choice("fit", "schedule", s.schedule, ("constant", "cosine"))
     check_choice("fit", "precision", s.precision, ("float32", "bfloat16"))
     return s
+
+
+def _begin(run, folder, facts, resume):
+    """Where the run in the folder stopped, or from the weights of the first process."""
+    rank, world = _rank_and_world()
+    if folder is not None and _first_decides(lambda: _prepare(folder, facts, resume), next(run.model.parameters()).device):
+        run.restore(folder / "last.safetensors", facts)
+        if rank == 0:
+            run.write_history(folder)  # a kill may have come before it
+    elif world > 1:
+        for x in run.model.state_dict().values():
+            if not is_sharded([x]):
+                torch.distributed.broadcast(x, 0)
+        run.restart_ema()
 
 
 def _prepare(folder, facts, resume):

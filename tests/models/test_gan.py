@@ -192,7 +192,14 @@ def test_labels_move_both_networks():
     assert not torch.allclose(one, two)
     scores = [model.discriminator(one, torch.full((3,), label)) for label in (1, 2)]
     assert not torch.allclose(*scores)
-    for labels, words in ((torch.tensor([0, 10]), r"0\.\.9"), (torch.zeros(2), "integers"), (torch.zeros(3).long(), r"\(2,\)")):
+    same = [model(images(3), objective="discriminator", key=key, labels=x).loss for x in (torch.tensor([2, 2, 2]).byte(), 2)]
+    assert same[0] == same[1] and torch.equal(model.sample(3, key=key, labels=2), model.sample(3, key=key, labels=torch.full((3,), 2)))
+    for labels, words in (
+        (None, "needs labels"),
+        (torch.tensor([0, 10]), r"0\.\.9"),
+        (torch.zeros(2), "integers"),
+        (torch.zeros(3).long(), r"\(2,\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             model.sample(2, key=key, labels=labels)
 

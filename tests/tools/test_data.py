@@ -1,10 +1,11 @@
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from genkern.data import load
+from genkern.data import Data, load
 
 pytest.importorskip("PIL")
 from PIL import Image  # noqa: E402
@@ -32,8 +33,16 @@ def test_digits_is_built_in():
     data = load("digits")
     assert data.shape == (1, 8, 8) and data.levels == 16 and data.classes == 10
     assert [len(data.split(s)[0]) for s in ("train", "validation", "test")] == [1437, 180, 180]
-    with pytest.raises(ValueError, match="validation, test"):
+    with pytest.raises(ValueError, match="'validation', 'test', got 'dev'"):
         data.split("dev")
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(5, 2), (torch.zeros(5, 2),), (torch.zeros(5, 2), torch.arange(4)), ([1.0], None)])
+def test_splits_of_my_own(wrong):
+    right = torch.zeros(5, 2), torch.arange(5)
+    assert Data("mine", right, right, (right[0], None), shape=(2,), levels=None).classes == 0
+    with pytest.raises(ValueError, match=r"Data: validation must be \(inputs, labels\)"):
+        Data("mine", right, wrong, right, shape=(2,), levels=None)
 
 
 def test_image_folder_with_classes(tmp_path):
@@ -140,6 +149,7 @@ def test_sound(tmp_path):
 def test_unknown_names_get_a_suggestion(tmp_path):
     refused("did you mean 'digits'", "digit", FileNotFoundError)
     refused("built in: digits", "cifar10", FileNotFoundError)
+    refused("file .*Path.*; did you mean 'digits'", Path("digits"), FileNotFoundError)  # a Path is a path, no name
     (tmp_path / "photos").mkdir()
     refused("did you mean .*photos'", tmp_path / "photo", FileNotFoundError)
 
@@ -166,4 +176,4 @@ def test_topics_are_in_order_and_plucks_are_made():
     x = torch.cat([sound.train[0], sound.validation[0]]).flatten()
     assert x.abs().max() <= 1 and 0.03 < x.std() < 0.3 and x.mean().abs() < 0.01
     assert torch.equal(load("plucks", window=500).test[0], sound.test[0])
-    refused("less than one window", "plucks", window=10**7)
+    refused("gives 0 windows of 10000000 samples", "plucks", window=10**7)

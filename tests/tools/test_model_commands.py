@@ -88,7 +88,7 @@ def test_eval_and_traverse(run, tmp_path, capsys):
     assert list(classes) == list("0123456789")
     counts = genkern.data.load("digits").test[1].bincount()
     mean = sum(int(n) * c["log_prob"] for n, c in zip(counts, classes.values(), strict=True)) / 180
-    assert mean == pytest.approx(values["log_prob"], rel=1e-2)  # a bound's noise differs
+    assert mean == pytest.approx(values["log_prob"], rel=1e-5)
     assert main(["traverse", str(run), "--out", str(tmp_path / "t.png"), "--steps", "4"]) == 0
     with Image.open(tmp_path / "t.png") as grid:
         assert grid.size == (4 * 5 * 8, 2 * 5 * 8)
@@ -153,15 +153,10 @@ def test_help_and_a_missing_name(capsys):
 def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     out = tmp_path / "new"
     assert "did you mean 'toy-images'?" in refused(capsys, "train", "toy-imges", "--data", "digits", "--out", out)
+    assert "did you mean 'cvae'?" in refused(capsys, "train", "cva", "--data", "digits", "--out", out)
     assert "did you mean 'digits'?" in refused(capsys, "train", "toy-images", "--data", "digit", "--out", out)
     assert "invalid int value: 'x'" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "x")
-    assert "epochs must be an int of at least 1, got 0" in refused(
-        capsys, "train", "toy-images", "--data", "digits", "--out", out, "--epochs", "0"
-    )
     assert "--bananas" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", out, "--bananas", "3")
-    assert "schedule must be one of 'constant', 'cosine', got 'x'" in refused(
-        capsys, "train", "toy-images", "--data", "digits", "--out", out, "--schedule", "x"
-    )
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(capsys, "train", "toy-images", "--data", "digits", "--out", tmp_path / "file")
     np.save(tmp_path / "x.npy", np.zeros((10, 8, 8), np.uint8))
@@ -170,7 +165,6 @@ def test_mistakes_get_one_line_and_write_nothing(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(capsys, "eval", tmp_path / "empty")
     assert "0..9, got 10" in refused(capsys, "sample", run, "--label", "10", "--out", tmp_path / "x.png")
-    assert "must end in .png" in refused(capsys, "sample", run, "--out", tmp_path / "x.jpg")
     assert "no folder" in refused(capsys, "sample", run, "--out", tmp_path / "no" / "x.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "x.npy"]
     assert len(refused(capsys, "sample", run, "--n", "0").splitlines()) == 1

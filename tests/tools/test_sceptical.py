@@ -13,7 +13,7 @@ from toys import ToyAdversary, ToyConfig, ToyDenoiser, ToyImages, points, toy
 
 import genkern
 from genkern.models import VAE, VAEConfig
-from genkern.train import fit
+from genkern.train import fit, sample
 
 
 def vae(**settings):
@@ -47,6 +47,8 @@ def test_a_compiled_model_trains_in_the_shared_loop(tmp_path):
     history = fit(compiled, points(), tmp_path, epochs=2, progress=False)
     wanted = fit(toy(), points(), epochs=2, progress=False)
     assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
+    key = genkern.random.key(1)
+    assert torch.equal(sample(compiled, 3, key=key), compiled.sample(3, key=key))
     loaded = genkern.load(tmp_path)  # its names carry no trace of the compiler
     assert type(loaded) is ToyDenoiser and loaded.state_dict().keys() == toy().state_dict().keys()
 

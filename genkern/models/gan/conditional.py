@@ -15,7 +15,7 @@ class ConditionalGANConfig(GANConfig):
 
 
 class ConditionalGAN(GAN):
-    """ConditionalGAN(ConditionalGANConfig(levels=16)): as GAN, every call with labels (N,), int64 in 0..classes - 1.
+    """ConditionalGAN(ConditionalGANConfig(levels=16)): as GAN, every call with labels (N,) or one for all, integers in 0..classes - 1.
 
     The generator sees the label as ones and zeros behind the latent. The discriminator projects its features on a vector of the label
     (Miyato & Koyama, 2018): it scores how well image and label go together.
@@ -31,6 +31,6 @@ class ConditionalGAN(GAN):
             raise ValueError(f"{cls.__name__}: needs labels, and {data.name} has none")
         return super().config_for(data, **{"classes": data.classes, **settings})
 
-    def _code(self, z, *, labels):
+    def _code(self, z, *, labels=None):
         labels = class_labels(type(self).__name__, labels, len(z), self.config.classes, z.device)
         return torch.cat([z, F.one_hot(labels, self.config.classes).to(z.dtype)], 1)

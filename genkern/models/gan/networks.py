@@ -5,6 +5,7 @@ A generator maps codes (N, code_size) to images in [-1, 1]; a discriminator maps
 
 import math
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -61,7 +62,10 @@ class Discriminator(nn.Module):
     def forward(self, x, labels=None):
         h = self.features(x)
         score = self.head(h).squeeze(1)
-        return score if self.label is None else score + (self.label(labels) * h).sum(1)
+        if self.label is None:
+            return score
+        labels = torch.as_tensor(labels, device=h.device).long().expand(len(h))  # one for all, or one for each
+        return score + (self.label(labels) * h).sum(1)
 
 
 def _norm_act(c, norm, width):

@@ -16,7 +16,7 @@ class ConditionalVAEConfig(VAEConfig):
 
 
 class ConditionalVAE(VAE):
-    """ConditionalVAE(ConditionalVAEConfig(levels=16)): as VAE, every call with labels (N,), int64 in 0..classes - 1.
+    """ConditionalVAE(ConditionalVAEConfig(levels=16)): as VAE, every call with labels (N,) or one for all, integers in 0..classes - 1.
 
     The encoder sees a learned image of the label added to the input, the decoder the label as ones and zeros behind the latent.
     """
