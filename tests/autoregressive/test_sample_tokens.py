@@ -133,6 +133,7 @@ def test_gpu_kernels_draw_as_the_reference(backend):
     u = torch.tensor([0.37, 0.903, 0.0, 0.5, 1 - 2**-24, 0.77])
     settings = (
         {"temperature": 0.0},
+        {"temperature": 1e-39},
         {"temperature": 0.3, "top_k": 10},
         {"top_p": 0.3, "min_p": 1.0},
         {"top_k": 120, "top_p": 0.6, "order": "sequential"},

@@ -118,7 +118,7 @@ def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=25
     check_choice(op, "channels", channels, (1, 3))
     check_int(op, "levels", levels, 2)
     check_number(op, "min_log_scale", min_log_scale)
-    k = _mixtures(op, params, channels)
+    _mixtures(op, params, channels)
     if previous is None:
         previous = params.new_zeros(params.shape[0], 0, *params.shape[2:])
     check_float(op, "previous", previous)
@@ -128,12 +128,12 @@ def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=25
     check_shape(op, "previous", previous, (params.shape[0], color, *params.shape[2:]))
     check_device(op, "previous", previous, "params", params)
     params, previous = in_working_type(params, previous)
-    logits, means, log_scales, coefficients = _split(params, channels, k)
+    logits, *of_colors = _split(params, channels)
+    of_colors = [None if t is None else t.unbind(1) for t in of_colors]
     logits = logits.log_softmax(1)
     for c in range(color):  # the mixtures' weights given the colour c
-        ahead = logits + _log_bin(previous[:, c], *_of_color(c, previous, means, log_scales, coefficients, min_log_scale), levels)
-        logits = ahead.log_softmax(1)
-    mean, log_scale = _of_color(color, previous, means, log_scales, coefficients, min_log_scale)
+        logits = (logits + _log_bin(previous[:, c], *_of_color(c, previous, *of_colors, min_log_scale), levels)).log_softmax(1)
+    mean, log_scale = _of_color(color, previous, *of_colors, min_log_scale)
     inverse = torch.exp(-log_scale)
     upper = (torch.arange(levels - 1, dtype=params.dtype, device=params.device) * 2 + 1) / (levels - 1) - 1  # of all bins but the last
     upper = upper.view(-1, 1, *[1] * (params.dim() - 2))  # against (N, 1, K, ...)
@@ -143,57 +143,51 @@ def discretized_mix_logistic_cdf(params, previous=None, *, channels=3, levels=25
 
 def _of_color(c, x, means, log_scales, coefficients, min_log_scale):
     """(means, log scales) of colour c, each (N, K, ...), given the colours of x before it."""
-    mean = means[:, c]
+    mean = means[c]
     if c == 1:
-        mean = mean + torch.tanh(coefficients[:, 0]) * x[:, :1]
+        mean = mean + torch.tanh(coefficients[0]) * x[:, :1]
     elif c == 2:
-        mean = mean + torch.tanh(coefficients[:, 1]) * x[:, :1] + torch.tanh(coefficients[:, 2]) * x[:, 1:2]
-    return mean, log_scales[:, c].clamp(min=min_log_scale)
+        mean = mean + torch.tanh(coefficients[1]) * x[:, :1] + torch.tanh(coefficients[2]) * x[:, 1:2]
+    return mean, log_scales[c].clamp(min=min_log_scale)
 
 
-def _log_bin(x, mean, log_scale, levels):
+def _log_bin(x, mean, log_scale, levels, openai=False):
     """The log-probability of the bin around x (N, ...) under each mixture (N, K, ...)."""
     softplus, h, x = torch.nn.functional.softplus, 1 / (levels - 1), x.unsqueeze(1)
-    inverse, edge = torch.exp(-log_scale), 1 - h / 4
+    inverse, edge = torch.exp(-log_scale), 1 - h / 4  # edge: between the last level and the one before
     a, b = inverse * (x - mean + h), inverse * (x - mean - h)
     inside = torch.log(-torch.expm1(-2 * h * inverse)) - softplus(-a) - softplus(b)
+    if openai:
+        middle = inverse * (x - mean)
+        density = middle - log_scale - 2 * softplus(middle) + math.log(2 * h)
+        inside = torch.where(inside > math.log(1e-5), inside, density)
     return torch.where(x < -edge, -softplus(-a), torch.where(x > edge, -softplus(b), inside))
 
 
+def _per_mixture(channels):
+    return 10 if channels == 3 else 3
+
+
 def _mixtures(op, params, channels):
-    per = 10 if channels == 3 else 3
+    per = _per_mixture(channels)
     if params.dim() < 2 or params.shape[1] == 0 or params.shape[1] % per:
         raise ValueError(f"{op}: params must be (N, {per} K, ...) for {channels} channel(s), got {tuple(params.shape)}")
     return params.shape[1] // per
 
 
-def _split(params, channels, k):
+def _split(params, channels):
     """logits (N, K, ...) and means, log scales, coefficients (N, channels, K, ...), the last None for one channel."""
-    kinds = 3 if channels == 3 else 2
+    kinds, k = 3 if channels == 3 else 2, params.shape[1] // _per_mixture(channels)
     rest = params[:, k:].reshape(params.shape[0], channels, kinds, k, *params.shape[2:])
     return params[:, :k], rest[:, :, 0], rest[:, :, 1], rest[:, :, 2] if kinds == 3 else None
 
 
 def _reference(x, params, levels, min_log_scale, openai):
     x, params = in_working_type(x, params)
-    channels, softplus = x.shape[1], torch.nn.functional.softplus
-    k, h = params.shape[1] // (10 if channels == 3 else 3), 1 / (levels - 1)
-    logits, means, log_scales, coefficients = _split(params, channels, k)
-    x = x.unsqueeze(2)
-    if channels == 3:
-        c0, c1, c2 = torch.tanh(coefficients).unbind(1)
-        red, green, _ = x.unbind(1)
-        means = torch.stack([means[:, 0], means[:, 1] + c0 * red, means[:, 2] + c1 * red + c2 * green], 1)
-    log_scales = log_scales.clamp(min=min_log_scale)
-    inverse = torch.exp(-log_scales)
-    a, b = inverse * (x - means + h), inverse * (x - means - h)
-    inside = torch.log(-torch.expm1(-2 * h * inverse)) - softplus(-a) - softplus(b)
-    if openai:
-        middle = inverse * (x - means)
-        density = middle - log_scales - 2 * softplus(middle) + math.log(2 * h)
-        inside = torch.where(inside > math.log(1e-5), inside, density)
-    edge = 1 - h / 4  # between the last level and the one before
-    log_probability = torch.where(x < -edge, -softplus(-a), torch.where(x > edge, -softplus(b), inside)).sum(1)
+    channels = x.shape[1]
+    logits, *of_colors = _split(params, channels)
+    of_colors = [None if t is None else t.unbind(1) for t in of_colors]
+    log_probability = sum(_log_bin(x[:, c], *_of_color(c, x, *of_colors, min_log_scale), levels, openai) for c in range(channels))
     mixture = torch.logsumexp(logits + log_probability, 1) - torch.logsumexp(logits, 1)
     return -mixture.flatten(1).sum(1)
 
@@ -210,12 +204,12 @@ _nll = Op(
 
 def _reference_sample(params, key, uniforms, channels, temperature, min_log_scale, levels):
     params = params.to(working_type(params))
-    k = params.shape[1] // (10 if channels == 3 else 3)
+    logits, means, log_scales, coefficients = _split(params, channels)
+    k = logits.shape[1]
     if uniforms is None:
         shape = (params.shape[0], k + channels, *params.shape[2:])
         uniforms = random.uniform(key, shape, dtype=params.dtype, device=params.device)
     u = uniforms.clamp(1e-5, 1 - 1e-5)
-    logits, means, log_scales, coefficients = _split(params, channels, k)
     chosen = (logits / temperature - torch.log(-torch.log(u[:, :k]))).argmax(1, keepdim=True)
     noise = torch.log(u[:, k:]) - torch.log(1 - u[:, k:])
     take = lambda values: values.gather(2, chosen.unsqueeze(1).expand(-1, values.shape[1], *([-1] * (values.dim() - 2)))).squeeze(2)
