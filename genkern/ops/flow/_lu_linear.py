@@ -3,7 +3,7 @@
 import torch
 
 from genkern.core import Op
-from genkern.ops._common import check_device, check_float, check_shape, promoted, working_type
+from genkern.ops._common import check_device, check_float, check_shape, in_working_type, promoted
 from genkern.testing._case import Case
 
 _NAME = "lu_linear"
@@ -38,9 +38,11 @@ def lu_linear(x, lower, upper, diagonal, bias, *, inverse=False):
         check_shape(_NAME, name, tensor, shape, meaning)
         check_device(_NAME, name, tensor, "x", x)
     tensors = (x, lower, upper, diagonal, bias)
-    dtype = working_type(*tensors)
-    y, log_det = (_op if x.is_cpu and features <= _MOST else _reference)(*(t.to(dtype) for t in tensors), inverse)
-    return y.to(promoted(*tensors)), log_det
+    dtype = promoted(*tensors)
+    if any(t.dtype is not dtype for t in tensors) or dtype.itemsize == 2:  # calls of .to() cost as much as the kernel
+        tensors = in_working_type(*tensors)
+    y, log_det = (_op if x.is_cpu and features <= _MOST else _reference)(*tensors, inverse)
+    return y if y.dtype is dtype else y.to(dtype), log_det
 
 
 def _reference(x, lower, upper, diagonal, bias, inverse):
