@@ -58,6 +58,7 @@ CALLS = [  # good arguments, of which one at a time is replaced
     (ops.guidance_moments, dict(model_output=r(4, 3))),
     (ops.invertible_conv1x1, dict(x=r(2, 3, 4), weight=r(3, 3), bias=r(3), log_abs_det=r(), log_det=r(2))),
     (ops.log_importance_weight, dict(nll=r(2), z=r(2, 3), mu=r(2, 3), log_var=r(2, 3), log_sum=r(2))),
+    (ops.lu_linear, dict(x=r(2, 3), lower=r(3), upper=r(3), diagonal=r(3), bias=r(3))),
     (ops.made_masks, dict(degrees=[torch.arange(1, 4), i(1, 2)], per_input=2, layout="blocks")),
     (ops.masked_conv2d, dict(x=r(2, 3, 4, 4), weight=r(6, 3, 3, 3), bias=r(6), mask_type="A", colors=3, layout="grouped")),
     (ops.masked_linear, dict(x=r(2, 3), weight=r(4, 3), mask=MASK, bias=r(4))),

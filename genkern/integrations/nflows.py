@@ -13,7 +13,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from nflows import transforms
 from nflows.nn.nets import resnet
 from nflows.transforms import splines
@@ -36,8 +35,7 @@ def patch():
     changes += [(coupling, "_coupling_transform_forward", _forward), (coupling, "_coupling_transform_inverse", _inverse)]
     changes += [(_SPLINE_COUPLING, "_piecewise_cdf", _piecewise_cdf), (_SPLINE_LAYER, "_elementwise", _elementwise)]
     changes += [(_SPLINE_COUPLING, "forward", _spline_coupling), (_SPLINE_COUPLING, "inverse", _spline_coupling_inverse)]
-    names = {"_create_lower_upper": _factors, "forward_no_cache": _lu_forward, "inverse_no_cache": _lu_inverse}
-    changes += [(transforms.LULinear, name, function) for name, function in names.items()]
+    changes += [(transforms.LULinear, "forward_no_cache", _lu_forward), (transforms.LULinear, "inverse_no_cache", _lu_inverse)]
     changes += [(resnet.ResidualBlock, "forward", _residual_block)]
     patched("nflows", changes)
 
@@ -143,39 +141,17 @@ def _split_spline(self, inputs, params, size, inverse):
     return function(inputs, *params.split([bins, bins, numbers - 2 * bins], -1), inverse=inverse, **minima)
 
 
-# LULinear: few features, so that its time is that of the calls. The same products and solutions, bit for bit; the factors are gathered
-# from one vector, where nflows writes into matrices of zeros, and their diagonal is computed once.
-
-
-def _factors(self):
-    packed = torch.cat([self.lower_entries, self.upper_entries, self.upper_diag, self.lower_entries.new_tensor([0.0, 1.0])])
-    return packed.index_select(0, _places(self.features, packed.device)).view(2, self.features, self.features).unbind()
-
-
-@functools.lru_cache
-def _places(features, device):
-    """Where each element of L, then each of U stands in (lower entries, upper entries, diagonal of U, 0, 1)."""
-    entries = features * (features - 1) // 2
-    diagonal = torch.arange(features)
-    lower, upper = torch.full((2, features, features), 2 * entries + features)
-    lower[tuple(torch.tril_indices(features, features, -1))] = torch.arange(entries)
-    lower[diagonal, diagonal] = 2 * entries + features + 1
-    upper[tuple(torch.triu_indices(features, features, 1))] = entries + torch.arange(entries)
-    upper[diagonal, diagonal] = 2 * entries + diagonal
-    return torch.cat([lower.flatten(), upper.flatten()]).to(device)
-
-
 def _lu_forward(self, inputs):
-    lower, upper = self._create_lower_upper()
-    outputs = F.linear(F.linear(inputs, upper), lower, self.bias)
-    return outputs, upper.diagonal().log().sum() * inputs.new_ones(len(inputs))
+    return _lu(self, inputs, False)
 
 
 def _lu_inverse(self, inputs):
-    lower, upper = self._create_lower_upper()
-    outputs = torch.linalg.solve_triangular(lower, (inputs - self.bias).t(), upper=False, unitriangular=True)
-    outputs = torch.linalg.solve_triangular(upper, outputs, upper=True)
-    return outputs.t(), -upper.diagonal().log().sum() * inputs.new_ones(len(inputs))
+    return _lu(self, inputs, True)
+
+
+def _lu(self, inputs, inverse):
+    y, log_det = ops.lu_linear(inputs, self.lower_entries, self.upper_entries, self.upper_diag, self.bias, inverse=inverse)
+    return y, log_det.to(y.dtype)
 
 
 # Of a block that sees a context, nflows joins what is gated and its gate, which F.glu cuts apart again: a fourth of the network's time.

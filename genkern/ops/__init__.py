@@ -22,6 +22,7 @@ from genkern.ops.flow._affine_coupling import additive_coupling, affine_coupling
 from genkern.ops.flow._dequantize import dequantize
 from genkern.ops.flow._gaussian_log_prob import gaussian_log_prob
 from genkern.ops.flow._invertible_conv1x1 import invertible_conv1x1, plu_factors, plu_weight
+from genkern.ops.flow._lu_linear import lu_linear
 from genkern.ops.flow._made import made_inverse, made_masks, masked_linear
 from genkern.ops.flow._rational_quadratic_spline import rational_quadratic_spline
 from genkern.ops.flow._rational_quadratic_spline_coupling import rational_quadratic_spline_coupling
@@ -57,6 +58,7 @@ __all__ = [
     "guidance_moments",
     "invertible_conv1x1",
     "log_importance_weight",
+    "lu_linear",
     "made_inverse",
     "made_masks",
     "masked_conv2d",

@@ -25,7 +25,8 @@ def promoted(*tensors):
     dtypes = [t.dtype for t in tensors if t is not None]
     result = dtypes[0]
     for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
+        if dtype is not result:
+            result = torch.promote_types(result, dtype)
     return result
 
 
@@ -64,7 +65,7 @@ def check_float(op, name, x, dims=None):
 
 def check_shape(op, name, x, shape, meaning=""):
     """x has exactly this shape; meaning: the shape in the caller's words, such as "(N, C, H, W)"."""
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != tuple(shape):
         expected = f"{meaning} = {tuple(shape)}" if meaning else tuple(shape)
         raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")
 
