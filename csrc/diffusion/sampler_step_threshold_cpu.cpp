@@ -8,17 +8,6 @@
 namespace gk {
 namespace {
 
-template <class S>
-struct Bits;
-template <>
-struct Bits<float> {
-  using type = uint32_t;
-};
-template <>
-struct Bits<double> {
-  using type = uint64_t;
-};
-
 struct ThresholdJob {
   Array x, u, c, table, moments;  // c.data null: one output
   RowShape shape;
@@ -73,7 +62,7 @@ int64_t magnitudes(const ThresholdJob& job, int64_t sample, S* to) {
 
 template <class S>
 double threshold(const ThresholdJob& job, S* values, int64_t above) {
-  using B = typename Bits<S>::type;
+  using B = typename Lane<S>::Uint;
   constexpr int kShift = 8 * sizeof(B) - 12;  // the sign is 0: 11 bits lead
   const int64_t n = job.shape.width;
   const double at = job.quantile * static_cast<double>(n - 1);

@@ -25,6 +25,10 @@ class Row:
     history: dict = field(default_factory=lambda: {"y": 1.0})  # the next history term
     log_variance: tuple = (0.0, 0.0)  # of a learned variance, where the second half of the channels is -1 and 1
 
+    @property
+    def noisy(self):
+        return self.sample.get("n", 0.0) != 0.0
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -132,7 +136,7 @@ class Sampler:
                 self._kept.clear()
             prepared = self._kept[asked] = _Run(
                 grid, rows, table.to(device), times.to(device)[:, None].expand(-1, samples).unbind(),
-                noisy=[row.sample.get("n", 0.0) != 0.0 for row in rows], early=any(early), unscaled=all(row.scale == 1 for row in rows),
+                noisy=[row.noisy for row in rows], early=any(early), unscaled=all(row.scale == 1 for row in rows),
             )  # fmt: skip
         return prepared
 

@@ -28,8 +28,16 @@ class Grid:
     def reversed(self, schedule):
         """From data to noise, for a variance preserving schedule: the model is told the point that is stepped to."""
         alpha, sigma = self.alpha[::-1], self.sigma[::-1]
-        data = [schedule._data(a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        data = [estimate(schedule.prediction, a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
         return Grid(self.t[::-1], alpha, sigma, self.scale[::-1], data)
+
+
+def estimate(prediction, a, s):
+    """(of x, of m) in the estimate of x_0 from x = a x_0 + s n and the model output m."""
+    known = {
+        "epsilon": lambda: (1 / a, -s / a), "sample": lambda: (0.0, 1.0), "v_prediction": lambda: (a, -s), "flow": lambda: (1.0, -s),
+    }  # fmt: skip
+    return known[prediction]()
 
 
 class Schedule:
@@ -145,17 +153,13 @@ class Schedule:
         alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
         if self.prediction == "epsilon" and not alpha.all():
             raise ValueError("grid: a schedule that ends in pure noise (zero_snr) needs a model of sample or v_prediction")
-        pairs = [self._data(a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        pairs = [estimate(self.prediction, a, s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
         scale = np.ones_like(alpha)
         if exploding:
             alpha = np.maximum(alpha, 2.0**-12)  # pure noise would be an infinite sigma
             alpha, sigma, scale = np.ones_like(alpha), sigma / alpha, alpha
             pairs = [(a * s, b) for (a, b), s in zip(pairs, scale, strict=False)]
         return _grid(t, alpha, sigma, scale, pairs)
-
-    def _data(self, a, s):
-        """(of x, of m) in x_0, of a variance preserving schedule."""
-        return {"epsilon": lambda: (1 / a, -s / a), "sample": lambda: (0.0, 1.0), "v_prediction": lambda: (a, -s)}[self.prediction]()
 
     def _flow_grid(self, steps, sigmas, spare):
         if sigmas is None or isinstance(sigmas, str):
@@ -166,7 +170,7 @@ class Schedule:
         else:
             sigma = np.asarray(sigmas, dtype=np.float64)
         sigma = np.append(self.shift * sigma / (1 + (self.shift - 1) * sigma), 0.0)
-        pairs = [(1.0, -s) if self.prediction == "flow" else (0.0, 1.0) for s in sigma[:-1]]
+        pairs = [estimate(self.prediction, 1 - s, s) for s in sigma[:-1]]
         return _grid(self.timesteps * sigma[:-1], 1 - sigma, sigma, np.ones_like(sigma), pairs)
 
     def _edm_grid(self, steps, sigmas):

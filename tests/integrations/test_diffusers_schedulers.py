@@ -221,13 +221,13 @@ def test_refusals():
 )
 def test_one_launch_and_no_sync_per_step(name, config, monkeypatch):
     """On a GPU, with the timesteps there as pipelines have them; their draw of the noise aside."""
-    from genkern.integrations import diffusers as fused
+    from genkern.integrations import _diffusers_steps
     from genkern.testing import count_launches
 
     scheduler = fuse_scheduler(make(name, config))
     with count_launches() as counts:
         monkeypatch.setattr(
-            fused, "randn_tensor", lambda shape, generator, device, dtype: torch.empty(tuple(shape), device=device).zero_()
+            _diffusers_steps, "randn_tensor", lambda shape, generator, device, dtype: torch.empty(tuple(shape), device=device).zero_()
         )
         scheduler.set_timesteps(8, device="cuda")
         if hasattr(scheduler, "set_begin_index"):

@@ -376,17 +376,14 @@ def test_samples_at_different_steps_of_different_schedules():
 
 
 def test_low_precision_models_and_no_gradients():
-    start = torch.randn(2, 6)
-    seen = []
-    net = torch.nn.Linear(6, 6)
+    start, seen, net = torch.randn(2, 6), [], torch.nn.Linear(6, 6)
 
     def model(x, t):
         seen.append(x.dtype)
         return net(x.float()).to(x.dtype)
 
     x = DDIM(PRESERVING, 4).sample(model, start=start, model_dtype=torch.bfloat16)
-    assert x.dtype == torch.float32 and set(seen) == {torch.bfloat16} and not x.requires_grad
-    assert torch.equal(start, start.clone()) and x is not start
+    assert x.dtype == torch.float32 and set(seen) == {torch.bfloat16} and not x.requires_grad and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("make", [DDIM, DDPM, Euler, DPMSolverMultistep, UniPC, functools.partial(DDIM, cfg_plus_plus=True)])

@@ -167,65 +167,33 @@ def _reference(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
     return (F.silu(y) if silu else y).to(dtype)
 
 
-def _fake(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, silu):
-    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=promoted(x, x2))
-
-
-_op = Op(
-    "group_norm_act",
-    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
-    "bool silu) -> Tensor",
-    reference=_reference,
-    fake=_fake,
-    differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
-)
-
-
 def _reference_channels_last(x, x2, *rest):
     y = _reference(x.movedim(-1, 1), None if x2 is None else x2.movedim(-1, 1), *rest)
     return y.movedim(1, -1).contiguous()
 
 
-def _fake_channels_last(x, x2, *rest):
-    channels = x.shape[2] + (0 if x2 is None else x2.shape[2])
-    return x.new_empty((*x.shape[:2], channels), dtype=promoted(x, x2))
+def _ops(name, reference, channels):
+    """The op that returns a new tensor and the one that writes into a given one; `channels` is their dimension."""
+
+    def fake(x, x2, *rest):
+        shape = list(x.shape)
+        shape[channels] += 0 if x2 is None else x2.shape[channels]
+        return x.new_empty(shape, dtype=promoted(x, x2))
+
+    def reference_out(*args):
+        args[-1].copy_(reference(*args[:-1]))
+
+    inputs = (
+        "Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+        "bool silu"
+    )
+    differentiable = ("x", "x2", "weight", "bias", "pre_bias", "scale", "shift")
+    new = Op(name, f"({inputs}) -> Tensor", reference=reference, fake=fake, differentiable=differentiable)
+    return new, Op(f"{name}_out", f"({inputs}, Tensor(a!) out) -> ()", reference=reference_out, fake=lambda *args: None)
 
 
-_channels_last_op = Op(
-    "group_norm_act_channels_last",
-    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
-    "bool silu) -> Tensor",
-    reference=_reference_channels_last,
-    fake=_fake_channels_last,
-    differentiable=("x", "x2", "weight", "bias", "pre_bias", "scale", "shift"),
-)
-
-
-def _reference_out(*args):
-    args[-1].copy_(_reference(*args[:-1]))
-
-
-_out_op = Op(
-    "group_norm_act_out",
-    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
-    "bool silu, Tensor(a!) out) -> ()",
-    reference=_reference_out,
-    fake=lambda *args: None,
-)
-
-
-def _reference_channels_last_out(*args):
-    args[-1].copy_(_reference_channels_last(*args[:-1]))
-
-
-_channels_last_out_op = Op(
-    "group_norm_act_channels_last_out",
-    "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, int groups, float eps, "
-    "bool silu, Tensor(a!) out) -> ()",
-    reference=_reference_channels_last_out,
-    fake=lambda *args: None,
-)
+_op, _out_op = _ops("group_norm_act", _reference, 1)
+_channels_last_op, _channels_last_out_op = _ops("group_norm_act_channels_last", _reference_channels_last, 2)
 
 
 def group_norm_act_out(x, groups, **options):
@@ -256,7 +224,7 @@ def group_norm_act_channels_last_out(x, groups, **options):
     return group_norm_act(out, groups, out=out, **options)
 
 
-def _eager(x, groups, weight, bias):
+def _eager(x, groups, weight, bias, **_):
     return F.silu(F.group_norm(x, groups, weight, bias))
 
 
@@ -322,7 +290,7 @@ CASES = (
         variants=({"activation": "silu"},),
         dtypes=(torch.float32, torch.bfloat16),
         constants=None,
-        eager=lambda x, groups, weight, bias, **_: F.silu(F.group_norm(x, groups, weight, bias)),
+        eager=_eager,
         bytes=lambda shape, size: 3 * size * math.prod(shape),
     ),
     Case(
@@ -333,7 +301,7 @@ CASES = (
         variants=({"activation": "silu"},),
         dtypes=(torch.float32, torch.bfloat16),
         constants=None,
-        eager=lambda x, groups, weight, bias, **_: F.silu(F.group_norm(x, groups, weight, bias)),
+        eager=_eager,
         bytes=lambda shape, size: 3 * size * math.prod(shape),
     ),
 )

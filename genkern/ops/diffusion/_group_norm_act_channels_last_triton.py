@@ -235,12 +235,11 @@ def group_norm_act_channels_last_backward(grad, x, x2, weight, bias, pre_bias, s
             dy, *call.data, call.coefficients, sums, *strides, *call.sizes, rows, rows * call.parts, SILU=silu, **call.constants
         )
     rstd = call.coefficients[1].view(call.n, call.channels).double()
-    means, of = channel_gradients(sums.sum(2), rstd, weight, bias, scale, groups, call.pixels)
+    means, rest = channel_gradients(sums.sum(2), rstd, weight, bias, pre_bias, scale, shift, groups, call.pixels)
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, x2)]
     with torch.cuda.device_of(x):
         gradient_kernel[(call.programs,)](
             dy, *call.data, call.coefficients, means.to(call.coefficients.dtype), *grads, *strides, *call.sizes, rows,
             SILU=silu, **call.constants,
         )  # fmt: skip
-    named = zip(of, (weight, bias, pre_bias, scale, shift), strict=True)
-    return [g for g in grads if g is not None] + [of[name]().to(t.dtype) for name, t in named if t is not None]
+    return [g for g in grads if g is not None] + rest

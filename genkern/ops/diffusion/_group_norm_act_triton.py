@@ -227,8 +227,8 @@ def group_norm_act(x, x2, weight, bias, pre_bias, scale, shift, groups, eps, sil
     return y
 
 
-def channel_gradients(sums, rstd, weight, bias, scale, groups, pixels):
-    """(means (2, N, C) of a dz and a dz xhat over the group of each channel, {parameter: its gradient, when called}), all float64.
+def channel_gradients(sums, rstd, weight, bias, pre_bias, scale, shift, groups, pixels):
+    """(means (2, N, C) of a dz and a dz xhat over the group of each channel, in float64; [gradients of the parameters that are there]).
 
     sums (3, N, C) of dz, dz xhat and xhat over the pixels, rstd (N, C).
     """
@@ -238,14 +238,14 @@ def channel_gradients(sums, rstd, weight, bias, scale, groups, pixels):
     a, per_group = (gain * w).expand(dz.shape), dz.shape[1] // groups
     over_groups = lambda t: t.unflatten(1, (groups, per_group)).sum(-1).repeat_interleave(per_group, 1) / (per_group * pixels)
     means = torch.stack([over_groups(a * dz), over_groups(a * product)])
-    gradients = {
-        "weight": lambda: (gain * product).sum(0),
-        "bias": lambda: (gain * dz).sum(0),
-        "pre_bias": lambda: rstd * (a * dz - means[0] * pixels - means[1] * xhat),
-        "scale": lambda: w * product + b * dz,
-        "shift": lambda: dz,
-    }
-    return means, gradients
+    gradients = (
+        (weight, lambda: (gain * product).sum(0)),
+        (bias, lambda: (gain * dz).sum(0)),
+        (pre_bias, lambda: rstd * (a * dz - means[0] * pixels - means[1] * xhat)),
+        (scale, lambda: w * product + b * dz),
+        (shift, lambda: dz),
+    )
+    return means, [gradient().to(t.dtype) for t, gradient in gradients if t is not None]
 
 
 @implements("triton", "group_norm_act_backward")
@@ -263,15 +263,14 @@ def group_norm_act_backward(grad, x, x2, weight, bias, pre_bias, scale, shift, g
             dy, *call.data, call.partial, sums, *strides, *call.sizes, call.eps, rows,
             SILU=silu, BLOCK=block, PIXELS=triton.cdiv(call.pixels, block) * block, **call.constants,
         )  # fmt: skip
-    means, of = channel_gradients(sums[:3], sums[3], weight, bias, scale, groups, call.pixels)
+    means, rest = channel_gradients(sums[:3], sums[3], weight, bias, pre_bias, scale, shift, groups, call.pixels)
     means = means.view(2, call.n, groups, -1)[..., 0].permute(1, 2, 0).contiguous()
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, x2)]
     with torch.cuda.device_of(x):
         gradient_kernel[(call.programs,)](
             dy, *call.data, call.partial, means, *grads, *strides, *call.sizes, call.eps, SILU=silu, BLOCK=_BLOCK, **call.constants
         )
-    named = zip(of, (weight, bias, pre_bias, scale, shift), strict=True)
-    return [g for g in grads if g is not None] + [of[name]().to(t.dtype) for name, t in named if t is not None]
+    return [g for g in grads if g is not None] + rest
 
 
 from genkern.ops.diffusion import _group_norm_act_channels_last_triton  # noqa: E402, F401  # the other layout

@@ -82,12 +82,11 @@ def sampler_step(
     Returns x', or a tuple (x'[, h'][, input']). float32, float64, bfloat16, float16, also mixed; computed in float32 (float64 if a
     tensor is). x' has the type of x, h' of h1. No gradient. TypeError, ValueError on anything else.
     """
-    if noise is True or key is not None or generator is not None:
+    draws = noise is True or key is not None or generator is not None
+    if draws:
         if noise is not None and noise is not True:
             raise ValueError("sampler_step: give noise as a tensor or a key, not both")
-        draws, noise = True, None
-    else:
-        draws = False
+        noise = None
     clip = math.inf if clip is None else clip
     check_number("sampler_step", "clip", clip)
     if not clip > 0:
@@ -117,10 +116,8 @@ def sampler_step(
         _check_output("input_out", input_out, shape if once else (model_output.shape[0], *shape[1:]), model_output)
     if draws:
         key = random.key_for("sampler_step", key, generator, x)
-    named = {"out": out, "history_out": history_out, "input_out": input_out}
-    given = [t for t in named.values() if t is not None]
-    if given:
-        written = {name: t for name, t in named.items() if t is not None}
+    written = {n: t for n, t in (("out", out), ("history_out", history_out), ("input_out", input_out)) if t is not None}
+    if written:
         check_written("sampler_step", written, (x, model_output, h1, h2, h3, noise))
     out = _new(x) if out is None else out
     outputs = [out]
@@ -129,15 +126,14 @@ def sampler_step(
         outputs.append(history_out)
     if next_input or input_out is not None:
         if input_out is None:
-            like = model_output.chunk(2, 1)[0] if learned_variance else model_output
-            input_out = _new(like)
+            input_out = _new(model_output.chunk(2, 1)[0] if learned_variance else model_output)
         outputs.append(input_out)
     _sampler_step(
         x, model_output, table, step, h1, h2, h3, out, history_out, input_out, steps, noise, key, moments, bound, float(clip),
         float(rescale), float(parallel), max_norm, learned_variance,
     )  # fmt: skip
-    if given:
-        torch.autograd.graph.increment_version(given)
+    if written:
+        torch.autograd.graph.increment_version(list(written.values()))
     return tuple(outputs) if len(outputs) > 1 else out
 
 
