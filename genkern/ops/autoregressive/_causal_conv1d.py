@@ -47,10 +47,10 @@ def causal_conv1d(
     bias            (C_out,) or None
     dilation        distance of neighbouring taps
     groups          C with C_out = C: depthwise, one filter per channel. 1, or several groups of at least 4 outputs each: dense
-                    kernels of the CPU, CUDA and Triton, whose gradients are torch's. On a GPU they serve float32 and float64
-                    outside autocast, without TF32; narrower types take them only under genkern.backend(...). The rest is torch's
-                    own convolution, which follows autocast as torch.nn.Conv1d does: several groups of fewer than 4 outputs (also a
-                    depthwise one with C_out a multiple of C), all but depthwise ones with seq_idx, and devices without kernels
+                    kernels of the CPU, CUDA and Triton, whose gradients are torch's but on the CPU. On a GPU they serve float32 and
+                    float64 outside autocast, without TF32; narrower types take them only under genkern.backend(...). The rest is
+                    torch's own convolution, which follows autocast as torch.nn.Conv1d does: several groups of fewer than 4 outputs
+                    (also a depthwise one with C_out a multiple of C), all but depthwise ones with seq_idx, and devices without kernels
     activation      None, "silu", or "gated": tanh(a) sigmoid(b) of the two halves of the C_out outputs, as gated_activation. In the
                     pass of the convolution: "silu" of a depthwise one, and of a dense one on the CPU where no gradient is asked
                     for; "gated" of groups=1 where none is
