@@ -69,7 +69,9 @@ def causal_conv1d(
     NaN in the future or in another sequence does not reach an output. In float32 the kernels' outputs have the same bits however x is
     cut into pieces that hand on their state, in any batch and, on the CPU, for any number of threads.
     """
-    _check("causal_conv1d", x, weight, bias, dilation, activation, (None, "silu", "gated"))
+    check_float("causal_conv1d", "x", x, 3)
+    check_float("causal_conv1d", "weight", weight, 3)
+    _check_filter("causal_conv1d", x, weight, bias, dilation, activation, (None, "silu", "gated"))
     fits = lambda channels: channels >= groups and channels % groups == 0
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or not fits(x.shape[1]) or not fits(weight.shape[0]):
         raise ValueError(
@@ -189,12 +191,6 @@ def _prepared_step(x, state, weight, bias, dilation, activation, state_indices):
         raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
     weight, bias, x, wide = same_precision((weight.contiguous(), bias, x, state))
     return x, wide, weight, None if bias is None else bias.contiguous(), state_indices
-
-
-def _check(op, x, weight, bias, dilation, activation, activations):
-    check_float(op, "x", x, 3)
-    check_float(op, "weight", weight, 3)
-    _check_filter(op, x, weight, bias, dilation, activation, activations)
 
 
 def _check_filter(op, x, weight, bias, dilation, activation, activations):
