@@ -123,6 +123,22 @@ void rotate_backward(const float* x, const float* grad, const float* weight, flo
     }
 }
 
+// ---- numbers of an array as S, and back; into one that is absent none go
+
+template <class S>
+void take(const Array& from, int64_t at, int64_t count, S* to) {
+  const S* got = read(from, 0, at, count, to);
+  if (got != to) std::copy(got, got + count, to);
+}
+template <class S>
+void put(const Array& to, int64_t at, const S* values, int64_t count) {
+  S* out = place(to, 0, at, const_cast<S*>(values));
+  if (out != values)
+    std::copy(values, values + count, out);
+  else
+    write(to, 0, at, values, count);
+}
+
 // ---- any number of taps, any dilation, sequence indices, float64
 
 template <class S>
@@ -140,13 +156,9 @@ struct Padded {  // buffers of one row with room for whole vectors past its end
   }
   void read_row(int64_t n, int64_t c) {
     const int64_t past = job.history();
-    if (job.state.array.data) copy(job.state, n, c, past, x.data());
-    copy(job.x, n, c, job.time, x.data() + past);
+    if (job.state.array.data) take(job.state.array, job.state.at(n, c), past, x.data());
+    take(job.x.array, job.x.at(n, c), job.time, x.data() + past);
     for (int64_t i = 0; job.seq && i < past + job.time; i++) seq[i] = job.seq[n * job.time + std::max<int64_t>(0, i - past)];
-  }
-  static void copy(const Sequences& from, int64_t n, int64_t c, int64_t count, S* to) {
-    const S* got = read(from.array, 0, from.at(n, c), count, to);
-    if (got != to) std::copy(got, got + count, to);
   }
   static typename Lane<V>::Int load_int(const I* p) {
     typename Lane<V>::Int v;
@@ -218,19 +230,6 @@ struct Padded {  // buffers of one row with room for whole vectors past its end
 // ---- rows
 
 template <class S>
-void put(const Array& to, int64_t at, const S* values, int64_t count) {
-  S* out = place(to, 0, at, const_cast<S*>(values));
-  if (out != values)
-    std::copy(values, values + count, out);
-  else
-    write(to, 0, at, values, count);
-}
-template <class S>
-void put(const Sequences& to, int64_t n, int64_t c, const S* values, int64_t count) {
-  put(to.array, to.at(n, c), values, count);
-}
-
-template <class S>
 S bias_of(const Job& job, int64_t c) {
   S one;
   return job.bias.data ? *read(job.bias, 0, c, 1, &one) : S{};
@@ -280,7 +279,7 @@ void forward(const Job& job) {
       if (!rotating) {
         padded->read_row(n, c);
         padded->forward(weight, bias);
-        put(job.y, n, c, padded->out.data(), job.time);
+        put(job.y.array, job.y.at(n, c), padded->out.data(), job.time);
         continue;
       }
       if constexpr (sizeof(S) == 4) {
@@ -316,10 +315,10 @@ void backward(const Job& job) {
         if (!rotating) {
           const int64_t history = job.history();
           padded->read_row(n, c);
-          Padded<S>::copy(job.y, n, c, job.time, padded->h.data() + history);
+          take(job.y.array, job.y.at(n, c), job.time, padded->h.data() + history);
           padded->backward(weight, bias, sums.data());
-          put(job.d_x, n, c, padded->out.data() + history, job.time);
-          if (job.d_state.array.data) put(job.d_state, n, c, padded->out.data(), history);
+          put(job.d_x.array, job.d_x.at(n, c), padded->out.data() + history, job.time);
+          put(job.d_state.array, job.d_state.at(n, c), padded->out.data(), history);
           continue;
         }
         if constexpr (sizeof(S) == 4) {
@@ -333,16 +332,12 @@ void backward(const Job& job) {
             rotate_backward<taps(), act()>(x, grad, weight, bias, state, d_x, d_state, sums.data(), job.time);
           });
           if (d_x == d_in.data()) write(job.d_x.array, 0, job.d_x.at(n, c), d_x, job.time);
-          if (stateful) put(job.d_state, n, c, d_state, job.history());
+          if (stateful) put(job.d_state.array, job.d_state.at(n, c), d_state, job.history());
         }
       }
       for (size_t k = 0; k < sums.size(); k++) narrow[k] = static_cast<S>(sums[k]);
-      Sequences d_weight;
-      d_weight.array = job.d_weight, d_weight.channel = job.taps;
-      put(d_weight, 0, c, narrow.data(), job.taps);
-      Sequences d_bias;
-      d_bias.array = job.d_bias, d_bias.channel = 1;
-      if (job.d_bias.data) put(d_bias, 0, c, narrow.data() + job.taps, 1);
+      put(job.d_weight, c * job.taps, narrow.data(), job.taps);
+      put(job.d_bias, c, narrow.data() + job.taps, 1);
     }
   });
 }
@@ -406,40 +401,26 @@ struct StepJob {
   const int32_t* indices = nullptr;                   // of states; negative: no request
 };
 
-template <class S>
-S get(const Array& a, int64_t at) {
-  S one;
-  return *read(a, 0, at, 1, &one);
-}
-template <class S>
-void set(const Array& a, int64_t at, S value) {
-  S one = value, *out = place(a, 0, at, &one);
-  if (out != &one)
-    *out = value;
-  else
-    write(a, 0, at, &one, 1);
-}
 template <class S>  // values of `count` neighbouring channels
 void gather(const Array& a, int64_t at, int64_t stride, int count, S* to) {
   if (stride == 1) {
-    const S* from = read(a, 0, at, count, to);
-    if (from != to) std::copy(from, from + count, to);
-  } else if (a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble)) {
+    take(a, at, count, to);
+  } else if (a.storage == kStorage<S>) {
     const S* from = static_cast<const S*>(a.data) + at;
     for (int i = 0; i < count; i++) to[i] = from[i * stride];
   } else {
-    for (int i = 0; i < count; i++) to[i] = get<S>(a, at + i * stride);
+    for (int i = 0; i < count; i++) take(a, at + i * stride, 1, to + i);
   }
 }
 template <class S>
 void scatter(const Array& a, int64_t at, int64_t stride, int count, const S* from) {
   if (stride == 1) {
     put(a, at, from, count);
-  } else if (a.storage == (sizeof(S) == 4 ? Storage::kFloat : Storage::kDouble)) {
+  } else if (a.storage == kStorage<S>) {
     S* to = static_cast<S*>(a.data) + at;
     for (int i = 0; i < count; i++) to[i * stride] = from[i];
   } else {
-    for (int i = 0; i < count; i++) set(a, at + i * stride, from[i]);
+    for (int i = 0; i < count; i++) put(a, at + i * stride, from + i, 1);
   }
 }
 

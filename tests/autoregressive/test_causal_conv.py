@@ -172,6 +172,37 @@ def test_dense_has_the_same_bits_in_any_tile(shape, backend):
             assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(carried, final)
 
 
+@pytest.mark.skipif("cpu" not in backends(op="causal_conv1d_dense"), reason="needs the CPU library")
+@pytest.mark.parametrize("groups, length", [(1, 3), (1, 700), (2, 700)])
+def test_dense_gradients_for_any_number_of_threads(groups, length):
+    """Sums of several pieces, blocks of outputs that threads share out, and a sound shorter than what the taps reach back."""
+    given = torch.randn(2, 6, length), torch.randn(42, 6 // groups, 3), torch.randn(42), torch.randn(2, 6, 10)
+    grad = torch.randn(2, length, 42).mT
+
+    def gradients(dtype, function):
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        return torch.autograd.grad(function(*leaves), leaves, grad.to(dtype))
+
+    def ours(x, weight, bias, state):
+        return ops.causal_conv1d(x, weight, bias, dilation=5, groups=groups, initial_state=state)
+
+    def torchs(x, weight, bias, state):
+        return F.conv1d(torch.cat([state, x], 2), weight, bias, dilation=5, groups=groups)
+
+    before, got = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            got.append(gradients(torch.float32, ours))
+    finally:
+        torch.set_num_threads(before)
+    for other in got[1:]:
+        assert all(map(torch.equal, other, got[0]))
+    truth, plain = gradients(torch.float64, torchs), gradients(torch.float32, torchs)
+    for a, b, exact in zip(got[0], plain, truth, strict=True):
+        assert (a - exact).abs().max() <= 2 * (b - exact).abs().max() + 1e-6
+
+
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no fused multiply-add in the CPU library")
 @pytest.mark.skipif("emulated" not in backends(op="causal_conv1d_dense"), reason="GENKERN_EMULATED_LIBRARY is not set")
 @pytest.mark.parametrize("channels, outputs, taps, groups", [(5, 21, 3, 1), (40, 130, 2, 1), (1, 7, 70, 1), (8, 16, 3, 2)])

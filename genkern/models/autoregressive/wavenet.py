@@ -47,7 +47,7 @@ class WaveNet(Model):
 
     Layer l: z = tanh(W_a * h + c_a) sigmoid(W_b * h + c_b), the next h = (h + W_out z) sqrt(1/2), and W_skip z is summed over the
     layers; * is a causal convolution with dilation 2^(l mod layers / stacks), c the projected conditions. Two more 1x1 convolutions
-    with ReLU give the parameters of p. The receptive field is 1 + (kernel_size - 1) sum of the dilations, in samples.
+    with ReLU give the parameters of p.
 
     labels      (N,) int64, of a model with classes: the global condition
     condition   (N, channels, L), of a model with a local condition, at the rate of the sound: column t conditions sample t
@@ -98,6 +98,7 @@ class WaveNet(Model):
 
     @property
     def receptive_field(self):
+        """How many samples, the last ones, the distribution of the next depends on: 1 + (kernel_size - 1) sum of the dilations."""
         return 1 + (self.config.kernel_size - 1) * sum(layer.conv.dilation[0] for layer in self.conv_layers)
 
     # ---- likelihood
@@ -199,15 +200,10 @@ class WaveNet(Model):
         take one native call, whose state is that of "steps".
         """
         c = self.config
-        if (labels is None) != (not c.classes) or (condition is None) != (not c.condition):
-            raise ValueError(f"WaveNet: labels and condition must be given where the model has classes and condition: {c}")
         if begins:
             silence = self.quantized(x.new_zeros(1)).item() if c.head == "softmax" else 0.0
             x = F.pad(x, (1, 0), value=silence)
-        if condition is not None and (condition.dim() != 3 or condition.shape[1:] != (c.condition, x.shape[2])):
-            raise ValueError(
-                f"WaveNet: condition must be (N, {c.condition}, {x.shape[2]}), a column per sample, got {tuple(condition.shape)}"
-            )
+        self._check_conditions(labels, condition, x.shape[2])
 
         def through(convolution, x, *condition):
             if state is None:
@@ -245,6 +241,15 @@ class WaveNet(Model):
     def _steps_natively(self, x):
         training = self.training and self.config.dropout > 0
         return not torch.is_grad_enabled() and not training and x.device.type == "cpu" and x.dtype == torch.float32
+
+    def _check_conditions(self, labels, condition, length):
+        c = self.config
+        if (labels is None) != (not c.classes) or (condition is None) != (not c.condition):
+            raise ValueError(f"WaveNet: labels and condition must be given where the model has classes and condition: {c}")
+        if condition is not None and (condition.dim() != 3 or condition.shape[1:] != (c.condition, length)):
+            raise ValueError(
+                f"WaveNet: condition must be (N, {c.condition}, {length}), a column per sample, got {tuple(condition.shape)}"
+            )
 
     def _index(self, x):
         """Levels of amplitudes that are quantized already."""

@@ -47,10 +47,10 @@ def causal_conv1d(
     bias            (C_out,) or None
     dilation        distance of neighbouring taps
     groups          C with C_out = C: depthwise, one filter per channel. 1, or several groups of at least 4 outputs each: dense
-                    kernels of the CPU, CUDA and Triton, whose gradients are torch's. On a GPU they serve float32 and float64
-                    outside autocast, without TF32; narrower types take them only under genkern.backend(...). The rest is torch's
-                    own convolution, which follows autocast as torch.nn.Conv1d does: several groups of fewer than 4 outputs (also a
-                    depthwise one with C_out a multiple of C), all but depthwise ones with seq_idx, and devices without kernels
+                    kernels of the CPU, CUDA and Triton, whose gradients are torch's but on the CPU. On a GPU they serve float32 and
+                    float64 outside autocast, without TF32; narrower types take them only under genkern.backend(...). The rest is
+                    torch's own convolution, which follows autocast as torch.nn.Conv1d does: several groups of fewer than 4 outputs
+                    (also a depthwise one with C_out a multiple of C), all but depthwise ones with seq_idx, and devices without kernels
     activation      None, "silu", or "gated": tanh(a) sigmoid(b) of the two halves of the C_out outputs, as gated_activation. In the
                     pass of the convolution: "silu" of a depthwise one, and of a dense one on the CPU where no gradient is asked
                     for; "gated" of groups=1 where none is
@@ -69,7 +69,9 @@ def causal_conv1d(
     NaN in the future or in another sequence does not reach an output. In float32 the kernels' outputs have the same bits however x is
     cut into pieces that hand on their state, in any batch and, on the CPU, for any number of threads.
     """
-    _check("causal_conv1d", x, weight, bias, dilation, activation, (None, "silu", "gated"))
+    check_float("causal_conv1d", "x", x, 3)
+    check_float("causal_conv1d", "weight", weight, 3)
+    _check_filter("causal_conv1d", x, weight, bias, dilation, activation, (None, "silu", "gated"))
     fits = lambda channels: channels >= groups and channels % groups == 0
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or not fits(x.shape[1]) or not fits(weight.shape[0]):
         raise ValueError(
@@ -189,12 +191,6 @@ def _prepared_step(x, state, weight, bias, dilation, activation, state_indices):
         raise ValueError(f"{op}: has no gradient; call it under torch.no_grad(), or causal_conv1d with initial_state")
     weight, bias, x, wide = same_precision((weight.contiguous(), bias, x, state))
     return x, wide, weight, None if bias is None else bias.contiguous(), state_indices
-
-
-def _check(op, x, weight, bias, dilation, activation, activations):
-    check_float(op, "x", x, 3)
-    check_float(op, "weight", weight, 3)
-    _check_filter(op, x, weight, bias, dilation, activation, activations)
 
 
 def _check_filter(op, x, weight, bias, dilation, activation, activations):

@@ -1,5 +1,5 @@
 """The dense form of causal_conv1d: a product of matrices over channels and taps, for one group or a few wide ones, with WaveNet's gate
-in the same pass where it is asked for. The gradients are torch's."""
+in the same pass where it is asked for."""
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,8 @@ def _reference_gated(x, state, weight, bias, packed, condition, dilation):
 
 
 def _dense_backward(grad, x, state, weight, bias, packed, dilation, groups):
-    """torch's own, on every backend: two products of matrices that oneDNN and cuDNN compute at the machine's limit, on a GPU with
-    tensor cores, and unlike those of the forward pass their bits are promised to nobody: they need not be the same in pieces. As for
+    """torch's own, but for the CPU's kernels: two products of matrices that cuDNN computes at the machine's limit, with tensor cores,
+    and unlike those of the forward pass their bits are promised to nobody: they need not be the same in pieces. As for
     torch.nn.Conv1d, torch.backends.cudnn says whether they may use TF32 and whether every run gives the same bits."""
     given = x, state, weight, bias
     dtype = promoted(*given) if x.is_cuda else working_type(*given)  # cuDNN adds narrow types up in float32
