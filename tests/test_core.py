@@ -190,7 +190,7 @@ def test_only_the_key_is_saved():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_that_passes_is_handed_on(dtype):
     """z = mu + sigma eps: without a clamp the gradient of mu is that of z, in the type of mu; neither computed nor copied."""
-    (mu,), (_, log_var) = latent(3, 5, dtype=dtype)[:1], latent(3, 5)
+    mu, log_var = latent(3, 5, dtype=dtype)[0], latent(3, 5)[1]
     with genkern.backend("cpu"):
         z, clamped = (reparameterize(mu, log_var, key=KEY, clamp=clamp) for clamp in (None, (-9, 9)))
     grad = torch.randn(3, 5)
@@ -233,7 +233,7 @@ def test_numerics_near_the_prior_and_at_the_edges():
     expected = 0.5 * (torch.expm1(v.double()) - v.double())
     torch.testing.assert_close(gaussian_kl(torch.zeros_like(v), v).double(), expected[:, 0], rtol=2e-4, atol=1e-17)
     edges = torch.tensor([[float("nan")], [float("inf")], [-float("inf")], [200.0], [-200.0]])
-    got, plain = gaussian_kl(torch.zeros_like(edges), edges), None
+    got = gaussian_kl(torch.zeros_like(edges), edges)
     with genkern.backend("reference"):
         plain = gaussian_kl(torch.zeros_like(edges), edges)
     torch.testing.assert_close(got, plain, equal_nan=True)

@@ -193,7 +193,7 @@ def test_instruction_sets(capability):
 
 @each_backend
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_prefixes_slices_and_threads(backend, dtype):
+def test_prefixes_and_slices(backend, dtype):
     per_counter = 2 if dtype == torch.float64 else 4
     with genkern.backend(backend):
         whole = gr.normal(KEY, (5003,), dtype=dtype)
@@ -201,12 +201,17 @@ def test_prefixes_slices_and_threads(backend, dtype):
         assert torch.equal(gr.normal(KEY, (5003 // 3, 3), dtype=dtype).flatten(), whole[: 5003 // 3 * 3])
         later = gr.normal(torch.tensor([SEED, OFFSET + 77]), (99,), dtype=dtype)
         assert torch.equal(later, whole[77 * per_counter :][:99])
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            assert torch.equal(gr.normal(KEY, (5003,), dtype=dtype), whole)
-        finally:
-            torch.set_num_threads(threads)
+
+
+def test_threads_share_a_draw():
+    threads, draws = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            draws.append([gr.normal(KEY, (40_003,), dtype=dtype) for dtype in FLOATS])  # a thread takes 16384 elements at least
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *draws))
 
 
 @each_backend
@@ -311,7 +316,7 @@ def test_moments_and_tails():
     assert t.min() >= -2 and t.max() <= 1
 
 
-@pytest.mark.parametrize("name", ["uniform", "normal", "exponential", "gumbel", "logistic"])
+@pytest.mark.parametrize("name", CONTINUOUS)
 def test_kolmogorov_smirnov(name):
     stats = pytest.importorskip("scipy.stats")
     names = {"normal": "norm", "exponential": "expon", "gumbel": "gumbel_r"}

@@ -40,7 +40,7 @@ class Case:
     forms       other ways to give the arguments, as `arguments`: optional inputs, combined inputs
     shapes      of the tests: small, with empty, odd and prime sizes; the first one is the ordinary shape of most properties
     small       the shape of gradgradcheck
-    large       the shape that several threads share
+    large       the shape that several threads share: more than 16384 elements for those of csrc/include/rows_cpu.h
     variants    keyword arguments, each tested
     dtypes      of the tests
     constants   names of floating-point arguments without a gradient; None: the function has no gradient at all
@@ -59,7 +59,7 @@ class Case:
     forms: tuple = ()
     shapes: tuple = ()
     small: tuple = (2, 3)
-    large: tuple = (3, 5003)
+    large: tuple = (3, 12011)
     variants: tuple = ({},)
     dtypes: tuple = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     constants: tuple | None = ()

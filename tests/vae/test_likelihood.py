@@ -61,20 +61,25 @@ def test_one_learned_variance_gets_the_sum_of_the_gradients(backend):
 
 @each_backend
 def test_extreme_logits(backend):
-    logits, x = torch.tensor([[1e4, -1e4, 100.0, -100.0]]), torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    logits = torch.tensor([[1e4, -1e4, 100.0, -100.0]], requires_grad=True)
     with genkern.backend(backend):
-        assert bernoulli_nll(logits, x).item() == pytest.approx(200, abs=1e-4)
+        nll = bernoulli_nll(logits, torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+        (gradient,) = torch.autograd.grad(nll, logits)
+    assert nll.item() == pytest.approx(200, abs=1e-4)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0, 1.0, -1.0]]), rtol=0, atol=1e-30)
 
 
 @pytest.mark.parametrize("backend", backends(op="bernoulli_nll"))
 def test_small_terms_keep_their_digits(backend):
     """Pixels that are nearly certain: each term is e^-|l|, below the rounding of 1, and not lost beside l or 1."""
     size = torch.linspace(0, 80, 5)[:, None] + torch.rand(5, 1031)
-    logits, x = torch.cat([size, -size]), torch.cat([torch.ones_like(size), torch.zeros_like(size)])
+    logits, x = torch.cat([size, -size]).requires_grad_(), torch.cat([torch.ones_like(size), torch.zeros_like(size)])
     with genkern.backend(backend):
         nll = bernoulli_nll(logits, x)
-    expected = torch.log1p(torch.exp(-logits.double().abs())).sum(1)
-    torch.testing.assert_close(nll.double(), expected, rtol=2e-6, atol=0)
+        (gradient,) = torch.autograd.grad(nll.sum(), logits)
+    expected = torch.log1p(torch.exp(-logits.detach().double().abs())).sum(1)
+    torch.testing.assert_close(nll.detach().double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient[5:].double(), torch.sigmoid(-size.double()), rtol=1e-6, atol=0)
 
 
 def test_data_that_needs_a_gradient_gets_it():

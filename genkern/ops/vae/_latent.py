@@ -14,6 +14,10 @@ def moments(mu, log_var):
     return mu.chunk(2, 1) if log_var is None else (mu, log_var)
 
 
+def latent_shape(mu, log_var):
+    return tuple(mu.shape) if log_var is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
+
+
 def clamped(mu, log_var, low, high, soft):
     if soft:
         return 5 * torch.tanh(mu / 5), 10 * torch.tanh(log_var / 10)
@@ -48,10 +52,7 @@ def divergence(mu, log_var, prior_mu, prior_log_var, free_bits, per_element):
 
 
 def empty_like_mu(mu, log_var, dtype):
-    shape = list(mu.shape)
-    if log_var is None:
-        shape[1] = shape[1] // 2
-    return mu.new_empty(shape, dtype=dtype)
+    return mu.new_empty(latent_shape(mu, log_var), dtype=dtype)
 
 
 def empty_kl(mu, log_var, per_element):
@@ -94,14 +95,10 @@ def check_prior(op, mu, log_var, prior_mu, prior_log_var):
             raise ValueError(f"{op}: prior_log_var was given without prior_mu")
         return
     check_moments(op, prior_mu, prior_log_var, ("prior_mu", "prior_log_var"))
-    shape, prior_shape = _shape(mu, log_var), _shape(prior_mu, prior_log_var)
+    shape, prior_shape = latent_shape(mu, log_var), latent_shape(prior_mu, prior_log_var)
     if shape != prior_shape:
         raise ValueError(f"{op}: the prior must have the shape of the posterior, got {shape} and {prior_shape}")
     check_device(op, "prior_mu", prior_mu, "mu", mu)
-
-
-def _shape(mu, log_var):
-    return tuple(mu.shape) if log_var is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
 
 
 _UNBOUNDED = (-math.inf, math.inf, False)

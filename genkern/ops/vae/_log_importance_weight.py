@@ -36,7 +36,7 @@ def log_importance_weight(nll, z, mu, log_var=None, *, log_sum=None):
     op = "log_importance_weight"
     _latent.check_moments(op, mu, log_var)
     check_float(op, "z", z)
-    shape = tuple(mu.shape) if log_var is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
+    shape = _latent.latent_shape(mu, log_var)
     check_shape(op, "z", z, shape, "that of mu")
     check_device(op, "z", z, "mu", mu)
     for name, x in (("nll", nll), ("log_sum", log_sum)):
@@ -49,8 +49,7 @@ def log_importance_weight(nll, z, mu, log_var=None, *, log_sum=None):
 
 
 def _reference(nll, z, mu, log_var, log_sum):
-    nll, z, log_sum, *moments = in_working_type(nll, z, log_sum, *_latent.moments(mu, log_var))
-    mu, log_var = moments
+    nll, z, log_sum, mu, log_var = in_working_type(nll, z, log_sum, *_latent.moments(mu, log_var))
     ratio = 0.5 * ((z - mu).square() * torch.exp(-log_var) + log_var - z.square())
     log_w = sum_per_sample(ratio) - nll
     return log_w if log_sum is None else torch.logaddexp(log_sum, log_w)
@@ -62,7 +61,6 @@ _op = Op(
     reference=_reference,
     fake=lambda nll, *rest: nll.new_empty(nll.shape, dtype=working_type(nll, *rest)),
     differentiable=("nll", "z", "mu", "log_var", "log_sum"),
-    device_of=1,
 )
 
 
