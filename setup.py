@@ -98,14 +98,14 @@ class Build(build_ext):
             "source_hash": runpy.run_path(str(ROOT / "genkern/core/_build_info.py"))["source_hash"](ROOT),
             "parts": {},
         }
-        wanted = os.environ.get("GENKERN_BUILD", "auto").split(",")
+        self.wanted = os.environ.get("GENKERN_BUILD", "auto").split(",")
         with open(ROOT / "build/lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two installs from one checkout take turns
-            self.build_group(CPU_PARTS, wanted, self.configure_torch_parts)
-            self.build_group(["host"], wanted, self.configure_host)
-            self.build_group(["cuda"], wanted, self.configure_cuda)
-            if "emulated" in wanted:
-                self.build_group(["emulated"], wanted, self.configure_torch_parts)
+            self.build_group(CPU_PARTS, self.configure_torch_parts)
+            self.build_group(["host"], self.configure_host)
+            self.build_group(["cuda"], self.configure_cuda)
+            if "emulated" in self.wanted:
+                self.build_group(["emulated"], self.configure_torch_parts)
         self.info["seconds"] = round(time.monotonic() - start, 1)
         for part, outcome in self.info["parts"].items():
             print(f"genkern: {part}: " + ("built" if outcome["built"] else outcome["why"]))
@@ -118,15 +118,15 @@ class Build(build_ext):
                 raise SystemExit(f"genkern: GENKERN_REQUIRE={','.join(required)}, but {name} was not built: {outcome['why']}\n"
                                  f"mend: {outcome['mend']}")  # fmt: skip
 
-    def build_group(self, parts, wanted, configure):
+    def build_group(self, parts, configure):
         """Parts that share one CMake configuration; whatever goes wrong is recorded, and stops nothing else."""
         try:
             if sys.platform != "linux":
                 raise CannotBuild(f"compiled parts are built on Linux only, this is {sys.platform}", "none, the references run")
-            asked = {"auto", parts[0].split("_")[0]} & set(wanted) or (parts == ["host"] and wanted != ["none"])
+            asked = {"auto", parts[0].split("_")[0]} & set(self.wanted) or (parts == ["host"] and self.wanted != ["none"])
             if not asked:
-                raise CannotBuild(f"GENKERN_BUILD={','.join(wanted)}", f"env -u GENKERN_BUILD {AGAIN}")
-            build_dir = configure(automatic=wanted == ["auto"])
+                raise CannotBuild(f"GENKERN_BUILD={','.join(self.wanted)}", f"env -u GENKERN_BUILD {AGAIN}")
+            build_dir = configure()
         except CannotBuild as error:
             for part in parts:
                 self.record(part, error=error)
@@ -162,32 +162,35 @@ class Build(build_ext):
             details = {"why": error.why, "mend": error.mend}
         self.info["parts"][part] = {"built": error is None, **details}
 
-    def configure_torch_parts(self, automatic):
+    def torch(self):
+        """(directory, CUDA version or None) of the torch whose headers are read, recorded."""
         directory, how = find_torch()
         if directory is None:
             raise CannotBuild(f"no torch >= 2.11 with headers was found ({how})", f"pip install 'torch>=2.11' && {AGAIN}")
-        version, self.torch_cuda = torch_version(directory)
+        version, cuda = torch_version(directory)
         self.info.update(torch_headers=version, torch_found_in=how)
+        return directory, cuda
+
+    def configure_torch_parts(self):
+        directory, _ = self.torch()
         options = [f"-DGENKERN_TORCH_DIR={directory}", "-DGENKERN_HOST=OFF", "-DGENKERN_EMULATED=ON"]
         return self.configure(*options, f"-DGENKERN_SANITIZE={os.environ.get('GENKERN_SANITIZE', '')}")
 
-    def configure_host(self, automatic):
+    def configure_host(self):
         pybind11 = importlib.util.find_spec("pybind11")
         if not pybind11:
             raise CannotBuild("pybind11 is not installed", f"pip install 'pybind11>=2.13' && {AGAIN}")
         folder = pathlib.Path(pybind11.origin).parent / "share/cmake/pybind11"
         return self.configure(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={folder}")
 
-    def configure_cuda(self, automatic):
+    def configure_cuda(self):
         nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
         if not nvcc:
             named = os.environ.get("CUDACXX")
             why = f"CUDACXX={named} cannot be run" if named else "nvcc was not found"
             raise CannotBuild(why, f"install the CUDA toolkit, or name its compiler: CUDACXX=/usr/local/cuda/bin/nvcc {AGAIN}")
-        directory, how = find_torch()
-        if directory is None:
-            raise CannotBuild(f"no torch >= 2.11 with headers was found ({how})", f"pip install 'torch>=2.11' && {AGAIN}")
-        if automatic and torch_version(directory)[1] is None:
+        directory, torch_cuda = self.torch()
+        if self.wanted == ["auto"] and torch_cuda is None:
             raise CannotBuild("this torch is built without CUDA", f"GENKERN_BUILD=cpu,cuda {AGAIN}")
         archs = cuda_architectures(nvcc)
         self.info.update(nvcc=f"{nvcc}: {release(nvcc)}", cuda_archs=archs or "default")

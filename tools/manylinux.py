@@ -33,7 +33,8 @@ def oldest_glibc(wheel):
             symbols = subprocess.check_output(["nm", "-D", "--undefined-only", archive.extract(name, folder)], text=True)
             for kind, numbers in set(re.findall(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)", symbols)):
                 needed = glibc_needed(kind, tuple(map(int, numbers.split("."))))
-                print(f"{name}: {kind}_{numbers} needs glibc {'.'.join(map(str, needed))}") if needed > OLDEST else None
+                if needed > OLDEST:
+                    print(f"{name}: {kind}_{numbers} needs glibc {'.'.join(map(str, needed))}")
                 oldest = max(oldest, needed)
     return oldest
 
