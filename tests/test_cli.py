@@ -25,9 +25,11 @@ def test_a_typo_gets_a_suggestion(capsys):
     assert "the commands are info, build, verify, bench" in capsys.readouterr().err
 
 
-def test_help_lists_the_commands(capsys):
+def test_help_lists_the_commands(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
     assert all(f"  {name} " in out for name in ("info", "build", "verify", "bench"))
 
 

@@ -176,7 +176,7 @@ def test_digits_are_counted_levels_in_fixed_splits():
     assert [len(part) for part in parts] == [1437, 180, 180]
     assert torch.equal(torch.cat(parts).flatten(1).long().sum(1).sort()[0], x.flatten(1).long().sum(1).sort()[0])
     assert parts[2].long().sum() == SUM_OF_TEST
-    with pytest.raises(ValueError, match="train, validation, test"):
+    with pytest.raises(ValueError, match="'train', 'validation', 'test', got 'dev'"):
         digits("dev")
 
 
