@@ -95,6 +95,8 @@ void add_chains(int64_t count, const S* a, const int64_t* a_at, const S* b, cons
 
 template <class S>
 constexpr int kMostColumns = Lane<typename Vector<S>::type>::kCount == 16 ? 14 : 6;  // by two vectors, of 32 or 16 registers
+template <class S>
+constexpr int kMostRows = Lane<typename Vector<S>::type>::kCount == 16 ? 8 : 4;  // of a narrow block
 
 template <class S, int kVectors, int kMost, class... Rest>
 void add_columns(int columns, Rest... rest) {
@@ -119,7 +121,7 @@ std::vector<int> parts_of(int64_t columns) {
 }
 
 struct Terms {  // of the outputs of one colour: where the input stands from the output's place, and its weight from that of term 0
-  std::vector<int64_t> input, weight;
+  std::vector<int64_t> input, weight, centre;  // centre: for each input the term of its own pixel, or -1
 };
 
 struct Block {  // of outputs of one colour
@@ -246,13 +248,69 @@ void run_any(const Job<S>& job, const Block& block, int64_t sample) {
   return run_block<S, 1, 8>(job, block, sample);
 }
 
+template <class S>
+struct Weights {
+  const S* data;
+  int64_t of_input, of_output;  // how far apart two inputs and two outputs lie
+};
+
+Terms terms_of(int64_t color, const Mask& mask, const Grid& grid, int64_t inputs, int64_t of_input, bool reflected) {
+  Terms result;
+  const int64_t taps = grid.taps();
+  for (int64_t tap = 0; tap < taps; tap++)
+    for (int64_t c = 0; c < inputs; c++) {
+      result.input.push_back(grid.channel(c) + (reflected ? -grid.distance(tap) : grid.distance(tap)));
+      result.weight.push_back(c * of_input + tap);
+    }
+  for (int64_t c = 0; c < inputs; c++) {
+    const int64_t other = mask.color(c, inputs);
+    const bool seen = reflected ? mask.sees(other, color) : mask.sees(color, other);
+    result.centre.push_back(seen ? static_cast<int64_t>(result.input.size()) : -1);
+    if (!seen) continue;
+    result.input.push_back(grid.channel(c));
+    result.weight.push_back(c * of_input + taps);
+  }
+  return result;
+}
+
+// Blocks of the outputs from number `begin` of the order on, which have these terms, and their weights in the order of the work.
+template <class S>
+void add_blocks(Job<S>& job, const Terms& terms, const Weights<S>& weights, int64_t begin) {
+  using V = typename Vector<S>::type;
+  constexpr int kCount = Lane<V>::kCount;
+  const int64_t inputs = job.inputs, taps = job.grid.taps(), end = static_cast<int64_t>(job.order.size());
+  const int64_t apart = end - begin > 1 ? (job.order[begin + 1] - job.order[begin]) * weights.of_output : 0;
+  std::vector<V> columns(static_cast<size_t>(taps + 1));
+  for (int rows = 2 * kCount; rows >= kCount; rows /= 2)
+    for (; end - begin >= rows; begin += rows) {
+      const int64_t at = static_cast<int64_t>(job.wide_weights.size()) * kCount;
+      job.wide.push_back({&terms, rows, begin, at});
+      job.wide_weights.resize(job.wide_weights.size() + terms.weight.size() * rows / kCount);
+      for (int v = 0; v < rows; v += kCount) {
+        S* to = reinterpret_cast<S*>(job.wide_weights.data()) + at + v;
+        for (int64_t c = 0; c < inputs; c++) {
+          load_columns(weights.data + job.order[begin + v] * weights.of_output + c * weights.of_input, apart, kCount,
+                       static_cast<int>(taps + 1), columns.data());
+          for (int64_t tap = 0; tap < taps; tap++) store(to + (tap * inputs + c) * rows, columns[tap]);
+          if (terms.centre[c] >= 0) store(to + terms.centre[c] * rows, columns[taps]);
+        }
+      }
+    }
+  for (int rows = kMostRows<S>; rows; rows /= 2)
+    for (; end - begin >= rows; begin += rows) {
+      job.narrow.push_back({&terms, rows, begin, static_cast<int64_t>(job.weights.size())});
+      for (const int64_t at : terms.weight)
+        for (int o = 0; o < rows; o++) job.weights.push_back(weights.data[job.order[begin + o] * weights.of_output + at]);
+    }
+}
+
 // y[o] = bias[o] + sum over the terms that the output's colour sees. reflected: from an output of the convolution to its inputs.
 template <class S>
 void convolve(const Tensor& x, const Tensor& weight, const S* bias, const Mask& mask, Grid grid, bool reflected, Tensor& y) {
   using V = typename Vector<S>::type;
-  constexpr int kCount = Lane<V>::kCount, kMost = kCount == 16 ? 8 : 4;
+  constexpr int kCount = Lane<V>::kCount;
   const int64_t inputs = x.size(1), outputs = y.size(1), size = weight.size(2) * weight.size(3), row = weight.size(1) * size;
-  const int64_t of_input = reflected ? row : size, of_output = reflected ? size : row, taps = grid.taps();
+  const Weights<S> weights{static_cast<const S*>(weight.data_ptr()), reflected ? row : size, reflected ? size : row};
   if (outputs / mask.colors >= kCount && kCount > 1) grid.apart = std::max<int64_t>(1, inputs);
   const std::vector<S> data = planes<S>(x, grid, reflected);
   Job<S> job{grid,
@@ -267,55 +325,15 @@ void convolve(const Tensor& x, const Tensor& weight, const S* bias, const Mask& 
   for (int vectors = 1; vectors <= 2; vectors++)
     for (int64_t i = 0; i < kChain; i++) job.steps[vectors - 1].push_back(i * vectors * kCount);
   std::vector<Terms> terms(static_cast<size_t>(mask.colors));
-  std::vector<V> columns(static_cast<size_t>(taps + 1));
-  const S* w = static_cast<const S*>(weight.data_ptr());
   for (int64_t color = 0; color < mask.colors; color++) {
-    Terms& mine = terms[color];
-    std::vector<int64_t> centre;
-    for (int64_t tap = 0; tap < taps; tap++)
-      for (int64_t c = 0; c < inputs; c++) {
-        mine.input.push_back(grid.channel(c) + (reflected ? -grid.distance(tap) : grid.distance(tap)));
-        mine.weight.push_back(c * of_input + tap);
-      }
-    for (int64_t c = 0; c < inputs; c++) {
-      const int64_t other = mask.color(c, inputs);
-      const bool seen = reflected ? mask.sees(other, color) : mask.sees(color, other);
-      centre.push_back(seen ? static_cast<int64_t>(mine.input.size()) : -1);
-      if (!seen) continue;
-      mine.input.push_back(grid.channel(c));
-      mine.weight.push_back(c * of_input + taps);
-    }
     const int64_t begin = static_cast<int64_t>(job.order.size());
     for (int64_t o = 0; o < outputs; o++)
       if (mask.color(o, outputs) == color) job.order.push_back(o);
-    int64_t left = static_cast<int64_t>(job.order.size()) - begin;
-    const int64_t apart = left > 1 ? (job.order[begin + 1] - job.order[begin]) * of_output : 0;
-    for (int rows = 2 * kCount; rows >= kCount; rows /= 2)
-      for (; left >= rows; left -= rows) {
-        const int64_t first = static_cast<int64_t>(job.order.size()) - left,
-                      at = static_cast<int64_t>(job.wide_weights.size()) * kCount;
-        job.wide.push_back({&mine, rows, first, at});
-        job.wide_weights.resize(job.wide_weights.size() + mine.weight.size() * rows / kCount);
-        for (int v = 0; v < rows; v += kCount) {
-          S* to = reinterpret_cast<S*>(job.wide_weights.data()) + at + v;
-          for (int64_t c = 0; c < inputs; c++) {
-            load_columns(w + job.order[first + v] * of_output + c * of_input, apart, kCount, static_cast<int>(taps + 1),
-                         columns.data());
-            for (int64_t tap = 0; tap < taps; tap++) store(to + (tap * inputs + c) * rows, columns[tap]);
-            if (centre[c] >= 0) store(to + centre[c] * rows, columns[taps]);
-          }
-        }
-      }
-    for (int rows = kMost; rows; rows /= 2)
-      for (; left >= rows; left -= rows) {
-        const int64_t first = static_cast<int64_t>(job.order.size()) - left;
-        job.narrow.push_back({&mine, rows, first, static_cast<int64_t>(job.weights.size())});
-        for (const int64_t at : mine.weight)
-          for (int o = 0; o < rows; o++) job.weights.push_back(w[job.order[first + o] * of_output + at]);
-      }
+    terms[color] = terms_of(color, mask, grid, inputs, weights.of_input, reflected);
+    add_blocks(job, terms[color], weights, begin);
   }
   const int64_t wide = static_cast<int64_t>(job.wide.size()), narrow = static_cast<int64_t>(job.narrow.size());
-  const int64_t line = std::max<int64_t>(1, grid.width * inputs * (taps + 1));
+  const int64_t line = std::max<int64_t>(1, grid.width * inputs * (grid.taps() + 1));
   const auto at_least = [](int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 20) / work); };
   const int64_t lines = std::max<int64_t>(1, kTogether / std::max<int64_t>(1, grid.width)),
                 groups = (grid.height + lines - 1) / lines;
@@ -327,7 +345,8 @@ void convolve(const Tensor& x, const Tensor& weight, const S* bias, const Mask& 
                 reinterpret_cast<S*>(total.data()));
     }
   });
-  torch::stable::parallel_for(0, job.samples * narrow, at_least(line * grid.height * kMost), [&](int64_t begin, int64_t end) {
+  const int64_t together = at_least(line * grid.height * kMostRows<S>);
+  torch::stable::parallel_for(0, job.samples * narrow, together, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) run_any(job, job.narrow[unit % narrow], unit / narrow);
   });
 }
