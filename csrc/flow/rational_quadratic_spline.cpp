@@ -141,9 +141,6 @@ void drive(const SplineJob& job, const Tensor&) {
       const int64_t first = group * kCount;
       const int count = static_cast<int>(std::min<int64_t>(kCount, job.count - first));
       if (job.features < job.width) copy_rows<S>(kBackward ? job.out : job.in, kBackward ? job.d_in : job.out, first, count);
-      W total{};  // of log_det
-      V to_log_det{};
-      if constexpr (kBackward) to_log_det = load_first(read(job.log_det, 0, first, count, buffer[2]), count, V{});
       for (int64_t feature = 0; feature < job.features; feature++) {
         const int64_t column = job.columns ? job.columns[feature] : job.width - job.features + feature, at = feature * numbers;
         gather(job.widths, first, at, count, bins, rows, raw.widths);
@@ -152,6 +149,7 @@ void drive(const SplineJob& job, const Tensor&) {
         scale_logits();
         const V in = load_column<S, V>(job.in, first, column, count, buffer[0]);
         if constexpr (kBackward) {
+          const V to_log_det = load_first(read(job.log_det, 0, first, count, buffer[2]), count, V{});
           const V to_out = load_column<S, V>(job.out, first, column, count, buffer[1]);
           const V to_in = spline_backward<V, kInverse>(job.shape, raw, in, to_out, to_log_det);
           store_column(job.d_in, first, column, count, buffer[3], to_in);
@@ -163,10 +161,10 @@ void drive(const SplineJob& job, const Tensor&) {
           V value, log_det;
           spline_forward<V, kInverse>(job.shape, raw, in, &value, &log_det);
           store_column(job.out, first, column, count, buffer[1], value);
-          total = total + widen(log_det);
+          S* total = static_cast<S*>(job.log_det.data) + first;
+          store_first(total, feature ? load_first(total, count, V{}) + log_det : log_det, count);
         }
       }
-      if constexpr (!kBackward) store_first(static_cast<S*>(job.log_det.data) + first, narrow<V>(total), count);
     }
   });
 }
@@ -260,10 +258,6 @@ Array rows_of(Tensor& x) {
   return {x.data_ptr(), row_stride, storage_of(x.scalar_type())};
 }
 
-Array part(const Array& a, int64_t column) {
-  return {static_cast<char*>(a.data) + column * element_bytes(a.storage), a.row_stride, a.storage};
-}
-
 Array dense(Tensor& x, int64_t width = 1) {
   x = torch::stable::contiguous(x);
   return {x.data_ptr(), width, storage_of(x.scalar_type())};
@@ -312,6 +306,10 @@ std::vector<Tensor> rational_quadratic_spline_backward(Tensor grad_out, Tensor g
 }
 
 #ifndef GK_GPU
+
+Array part(const Array& a, int64_t column) {
+  return {static_cast<char*>(a.data) + column * element_bytes(a.storage), a.row_stride, a.storage};
+}
 
 // Rows of `params` are the numbers of all features: widths, heights and slopes of the first one, then of the next.
 SplineJob coupling_job(Tensor& x, Tensor& params, std::optional<Tensor>& changed, const SplineShape& shape, double logit_scale) {

@@ -51,6 +51,7 @@ class Case:
     bytes_backward  the same for the backward pass
     bench_shapes    of the bench
     bench_variant   keyword arguments of `function` in the bench
+    bench_modes     {mode: keyword arguments} of more forward passes in the bench, which `eager` and the peers take too
     bench_arguments arguments -> more of them, for what is timed alone, eager too: memory that every call writes anew
     """
 
@@ -70,6 +71,7 @@ class Case:
     bytes_backward: Callable = lambda shape, size: 3 * size * math.prod(shape)
     bench_shapes: tuple = ()
     bench_variant: dict = field(default_factory=dict)
+    bench_modes: dict = field(default_factory=dict)
     bench_arguments: Callable = lambda arguments: {}
 
     @property

@@ -51,7 +51,7 @@ class Row:
     op: str
     shape: tuple
     dtype: torch.dtype
-    mode: str  # "forward" or "forward+backward"
+    mode: str  # "forward", "forward+backward" or one of the case's bench_modes
     bytes: int
     calls: dict[str, Callable]
 
@@ -153,13 +153,15 @@ def _compiled(function):
 
 def case_rows(case, backend, shapes, dtype, compiled, device="cpu"):
     for shape in shapes:
-        arguments = case.arguments(Make(dtype, device), shape)
-        arguments.pop("key", None)  # a fair race: both sides draw fresh noise in every call
-        leaves = case.differentiable(arguments)
-        check(case, backend, shape, dtype, variant=case.bench_variant, device=device)
-        arguments |= case.bench_arguments(arguments)
-        for mode in ("forward", "forward+backward") if leaves else ("forward",):
-            wanted = leaves if mode != "forward" else ()
+        given = case.arguments(Make(dtype, device), shape)
+        given.pop("key", None)  # a fair race: both sides draw fresh noise in every call
+        leaves = case.differentiable(given)
+        for extra in ({}, *case.bench_modes.values()):
+            check(case, backend, shape, dtype, variant=case.bench_variant | extra, device=device)
+        given |= case.bench_arguments(given)
+        modes = {"forward": {}} | ({"forward+backward": {}} if leaves else {}) | case.bench_modes
+        for mode, extra in modes.items():
+            arguments, wanted = given | extra, leaves if mode == "forward+backward" else ()
             genkern.reset_stats()
             total = case.bytes(shape, dtype.itemsize) + (case.bytes_backward(shape, dtype.itemsize) if wanted else 0)
             calls = {
@@ -228,7 +230,7 @@ def print_header(facts):
     versions = f"torch {facts['torch']}, genkern {facts['genkern']}"
     print(f"{facts.get('gpu') or facts['cpu']}, {facts['instruction_set']}, {versions}")
     print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)")
-    print("fwd: forward, +bwd: forward and backward; compile: the same against torch.compile")
+    print("fwd: forward, +bwd: forward and backward, inv: forward of the inverse; compile: the same against torch.compile")
     print("copy: speed as a part of copying as many bytes; mem: peak bytes as a part of eager's; t: threads\n")
     columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'compile':>7} {'copy':>4} {'mem':>4}"
     print(f"{'op':18} {'shape':11} {'mode':4} t {columns}")
@@ -243,7 +245,7 @@ def print_row(result):
     memory = f"{ours['peak_bytes'] / c['eager']['peak_bytes']:4.0%}" if c["eager"]["peak_bytes"] else f"{'':4}"
     slower = " slower" if ours["ratio"] < 1 else ""
     columns = f"{c['eager']['us']:8.1f} {ours['us']:8.1f} {ours['ratio']:7.1f} {spread:>11} {against}"
-    mode = {"forward": "fwd", "forward+backward": "+bwd"}[result["mode"]]
+    mode = {"forward": "fwd", "forward+backward": "+bwd", "inverse": "inv"}[result["mode"]]
     peers = "".join(f"  {n} {v['genkern_ratio']:.1f}x" for n, v in c.items() if n not in ("eager", "genkern", "copy", "compile"))
     print(
         f"{result['op']:18} {shape:11} {mode:4} {result['threads']} {columns} {ours['of_copy']:4.0%} {memory}{slower}{peers}",

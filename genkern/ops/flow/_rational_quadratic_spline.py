@@ -174,20 +174,27 @@ _op = Op(
 )
 
 
-def _eager(x, widths, heights, derivatives):
+def _eager(x, widths, heights, derivatives, inverse=False):
     """As people write it: boolean indexing, searchsorted, gather."""
     y, log_det = x.clone(), torch.zeros_like(x)
     inside = x.abs() <= 1.0
     z, derivatives = x[inside], F.pad(derivatives, (1, 1), value=math.log(math.expm1(1 - 1e-3)))
     (w, left), (h, lower) = (_bins(raw[inside], 1e-3, 1.0) for raw in (widths, heights))
     slopes = 1e-3 + F.softplus(derivatives[inside])
-    bin = torch.searchsorted(left.detach(), z.detach().unsqueeze(-1), right=True) - 1
+    bin = torch.searchsorted((lower if inverse else left).detach(), z.detach().unsqueeze(-1), right=True) - 1
     w, left, h, lower, d0 = (a.gather(-1, bin).squeeze(-1) for a in (w, left, h, lower, slopes))
     d1 = slopes.gather(-1, bin + 1).squeeze(-1)
-    s, t = h / w, (z - left) / w
+    s = h / w
+    if inverse:
+        curved = (z - lower) * (d0 + d1 - 2 * s)
+        b, c = h * d0 - curved, -s * (z - lower)
+        t = 2 * c / (-b - torch.sqrt(b * b - 4 * (h * (s - d0) + curved) * c))
+    else:
+        t = (z - left) / w
     d = s + (d0 + d1 - 2 * s) * t * (1 - t)
-    y[inside] = lower + h * (s * t * t + d0 * t * (1 - t)) / d
-    log_det[inside] = torch.log(s * s * (d1 * t * t + 2 * s * t * (1 - t) + d0 * (1 - t) ** 2)) - 2 * torch.log(d)
+    y[inside] = left + w * t if inverse else lower + h * (s * t * t + d0 * t * (1 - t)) / d
+    log_slope = torch.log(s * s * (d1 * t * t + 2 * s * t * (1 - t) + d0 * (1 - t) ** 2)) - 2 * torch.log(d)
+    log_det[inside] = -log_slope if inverse else log_slope
     return y, log_det
 
 
@@ -197,14 +204,17 @@ def _peers():
     with contextlib.suppress(ImportError):
         from nflows.transforms.splines import unconstrained_rational_quadratic_spline
 
-        names = "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives"
-        peers["nflows"] = lambda x, **params: unconstrained_rational_quadratic_spline(
-            x, **dict(zip(names, params.values(), strict=True)), tail_bound=1.0
+        peers["nflows"] = lambda *, inverse=False, **tensors: unconstrained_rational_quadratic_spline(
+            *tensors.values(), inverse=inverse, tail_bound=1.0
         )
     with contextlib.suppress(ImportError):
         from zuko.transforms import MonotonicRQSTransform
 
-        peers["zuko"] = lambda x, **params: MonotonicRQSTransform(*params.values(), bound=1.0).call_and_ladj(x)
+        def zuko(x, inverse=False, **params):
+            transform = MonotonicRQSTransform(*params.values(), bound=1.0)
+            return (transform.inv if inverse else transform).call_and_ladj(x)
+
+        peers["zuko"] = zuko
     return peers
 
 
@@ -237,5 +247,6 @@ CASES = (
         bytes=lambda shape, size: (23 + 3) * size * math.prod(shape),
         bytes_backward=lambda shape, size: (2 * 23 + 4) * size * math.prod(shape),
         bench_shapes=((64, 8), (1024, 8), (4096, 16)),
+        bench_modes={"inverse": {"inverse": True}},
     ),
 )
