@@ -251,6 +251,7 @@ Tensor causal_conv1d_gated(Tensor x, MaybeTensor state, Tensor weight, MaybeTens
 // some kSum of them in a chain, the rest of the sum in double.
 
 constexpr int64_t kSum = 512;
+constexpr int64_t kDeep = 512;  // rows of inputs, about, that stay in the second cache
 
 template <class V, int... i>
 GK_FN V sum_of_neighbours(V a, V b, std::integer_sequence<int, i...>) {
@@ -288,21 +289,21 @@ void add_products(const S* grad, const S* x, int64_t width, double* total) {
 
 // What is seen through some columns, in rows of `width`, zeros behind them.
 template <class S>
-void gather_row(const Columns<S>& from, int64_t first, int64_t count, int64_t width, S* to) {
+void gather_rows(const Columns<S>& from, int64_t first, int64_t count, int64_t width, S* to) {
   gather(from, first, count, width, to);
   for (int64_t d = 0; d < from.depth(); d++) std::fill(to + d * width + count, to + (d + 1) * width, S{});
 }
 
-// d_weight (groups outputs, channels, taps), d_bias (groups outputs); grad: columns of one tap.
+// d_weight (groups outputs, channels, taps) of those channels of a group that x has, d_bias (groups outputs); grad: of one tap.
 template <class S>
-void weight_gradient(const Columns<S>& x, const Columns<S>& grad, int64_t groups, S* d_weight, S* d_bias) {
+void weight_gradient(const Columns<S>& x, const Columns<S>& grad, int64_t groups, int64_t channels, S* d_weight, S* d_bias) {
   constexpr int kRows = Tile<S>::kRows, kVectors = Tile<S>::kVectors, kCount = Tile<S>::kCount, kSums = kRows * kVectors;
   const int64_t outputs = grad.channels, depth = x.depth(), columns = x.samples * x.time;
   const int64_t blocks = (outputs + kRows - 1) / kRows, parts = (depth + kVectors) / kVectors;  // with a row of ones, for the bias
-  const auto in_vectors = [](int64_t count) { return (count + kCount - 1) / kCount * kCount; };
+  const auto whole_vectors = [](int64_t count) { return (count + kCount - 1) / kCount * kCount; };
   const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, kRows * depth * columns));
   torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
-    const size_t room = static_cast<size_t>(std::min(kSum, in_vectors(columns)));
+    const size_t room = static_cast<size_t>(std::min(kSum, whole_vectors(columns)));
     Buffer<S> in(parts * kVectors * room, S{}), rows(kRows * room, S{});
     std::vector<double> total;  // of the blocks of a group: [block][part][row][vector]
     for (int64_t stop; begin < end; begin = stop) {
@@ -311,14 +312,14 @@ void weight_gradient(const Columns<S>& x, const Columns<S>& grad, int64_t groups
       const int64_t here = stop - begin;
       total.assign(static_cast<size_t>(here * parts * kSums), 0.0);
       for (int64_t first = 0; first < columns; first += kSum) {
-        const int64_t count = std::min(kSum, columns - first), width = in_vectors(count);
-        gather_row(x.from_channel(group * x.channels), first, count, width, in.data());
+        const int64_t count = std::min(kSum, columns - first), width = whole_vectors(count);
+        gather_rows(x.from_channel(group * channels), first, count, width, in.data());
         std::fill_n(in.begin() + depth * width, width, S{1});
         for (int64_t b = 0; b < here; b++) {
           const int64_t row = (first_block + b) * kRows;
           Columns<S> some = grad.from_channel(group * outputs + row);
           some.channels = std::min<int64_t>(kRows, outputs - row);
-          gather_row(some, first, count, width, rows.data());
+          gather_rows(some, first, count, width, rows.data());
           for (int64_t p = 0; p < parts; p++)
             add_products(rows.data(), in.data() + p * kVectors * width, width, total.data() + (b * parts + p) * kSums);
         }
@@ -326,7 +327,7 @@ void weight_gradient(const Columns<S>& x, const Columns<S>& grad, int64_t groups
       for (int64_t o = first_block * kRows; o < std::min(outputs, (first_block + here) * kRows); o++) {
         const double* sums = total.data() + (o / kRows - first_block) * parts * kSums + o % kRows * kVectors;
         const auto sum = [&](int64_t d) { return static_cast<S>(sums[d / kVectors * kSums + d % kVectors]); };
-        S* to = d_weight + (group * outputs + o) * depth;
+        S* to = d_weight + (group * outputs + o) * channels * x.taps;
         for (int64_t k = 0; k < x.taps; k++)
           for (int64_t c = 0; c < x.channels; c++) to[c * x.taps + k] = sum(k * x.channels + c);
         if (d_bias) d_bias[group * outputs + o] = sum(depth);
@@ -352,8 +353,14 @@ void backward(const Tensor& grad, const Tensor& x, const MaybeTensor& state, con
   }
   Columns<S> same = later;
   same.taps = 1;
-  weight_gradient(inputs_of<S>(x, state, weight, dilation), same, groups, static_cast<S*>(d_weight.data_ptr()),
-                  d_bias ? static_cast<S*>(d_bias->data_ptr()) : nullptr);
+  const Columns<S> inputs = inputs_of<S>(x, state, weight, dilation);
+  const int64_t pieces = (channels * taps + kDeep - 1) / kDeep, most = (channels + pieces - 1) / pieces;
+  for (int64_t c = 0; c < channels; c += most) {
+    Columns<S> some = inputs.from_channel(c);
+    some.channels = std::min(most, channels - c);
+    weight_gradient(some, same, groups, channels, static_cast<S*>(d_weight.data_ptr()) + c * taps,
+                    d_bias && c == 0 ? static_cast<S*>(d_bias->data_ptr()) : nullptr);
+  }
 }
 
 std::vector<Tensor> causal_conv1d_dense_backward(Tensor grad, Tensor x, MaybeTensor state, Tensor weight, MaybeTensor bias,

@@ -173,10 +173,11 @@ def test_dense_has_the_same_bits_in_any_tile(shape, backend):
 
 
 @pytest.mark.skipif("cpu" not in backends(op="causal_conv1d_dense"), reason="needs the CPU library")
-@pytest.mark.parametrize("groups, length", [(1, 3), (1, 700), (2, 700)])
-def test_dense_gradients_for_any_number_of_threads(groups, length):
-    """Sums of several pieces, blocks of outputs that threads share out, and a sound shorter than what the taps reach back."""
-    given = torch.randn(2, 6, length), torch.randn(42, 6 // groups, 3), torch.randn(42), torch.randn(2, 6, 10)
+@pytest.mark.parametrize("groups, channels, length", [(1, 6, 3), (1, 6, 700), (2, 6, 700), (2, 400, 40)])
+def test_dense_gradients_for_any_number_of_threads(groups, channels, length):
+    """Sums of several pieces, blocks of outputs that threads share out, a sound shorter than what the taps reach back, and more
+    channels than are taken at once."""
+    given = [torch.randn(shape) for shape in ((2, channels, length), (42, channels // groups, 3), (42,), (2, channels, 10))]
     grad = torch.randn(2, length, 42).mT
 
     def gradients(dtype, function):
