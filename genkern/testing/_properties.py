@@ -4,7 +4,6 @@ import torch
 from torch.autograd.gradcheck import GradcheckError
 
 import genkern
-from genkern.core._backends import INTERPRET
 from genkern.testing._case import Make
 from genkern.testing._check import _named_run
 
@@ -39,7 +38,8 @@ def check_repeatable(case, backend, *, device="cpu"):
 
 
 def _check_threads(case, backend, device, where, leaves):
-    shape = case.shapes[0] if INTERPRET and backend == "triton" else case.large  # the interpreter is slow, and one thread
+    alone = device == "cpu" and backend in ("triton", "emulated")  # an interpreter or an emulation: slow, and one thread
+    shape = case.shapes[0] if alone else case.large
     threads, seen = torch.get_num_threads(), []
     try:
         for n in (1, 2, 2):
