@@ -263,23 +263,26 @@ class SplineCoupling(_Coupling):
         self.bins, self.bound = bins, bound
 
     def _couple(self, x, params, inverse, log_det):
-        y, own = splined(x[:, self.kept :], params, self.bins, self.bound, inverse)
-        return torch.cat([x[:, : self.kept], y.to(x.dtype)], 1), own if log_det is None else log_det + own
+        y, own = splined(x, params, self.changed, self.bins, self.bound, inverse)
+        return y.to(x.dtype), own if log_det is None else log_det + own
 
     def extra_repr(self):
         return f"kept={self.kept}, changed={self.changed}, bins={self.bins}, bound={self.bound}"
 
 
-def splined(x, params, bins, bound, inverse):
-    """rational_quadratic_spline of x (N, C, ...) by params (N, C (3 bins - 1), ...)."""
-    wanted = x.shape[1] * (3 * bins - 1)
+def splined(x, params, changed, bins, bound, inverse):
+    """(y, log_det): the last `changed` channels of x (N, C, ...) through rational-quadratic splines by params
+    (N, changed (3 bins - 1), ...)."""
+    wanted = changed * (3 * bins - 1)
     if params.shape[1] != wanted:
-        raise ValueError(
-            f"a spline of {x.shape[1]} channels and {bins} bins needs {wanted} parameters, got shape {tuple(params.shape)}"
-        )
-    params = params.unflatten(1, (x.shape[1], 3 * bins - 1)).movedim(2, -1)
+        raise ValueError(f"a spline of {changed} channels and {bins} bins needs {wanted} parameters, got shape {tuple(params.shape)}")
+    if x.dim() == 2:
+        return ops.rational_quadratic_spline_coupling(x, params, bins=bins, inverse=inverse, tail_bound=bound)
+    kept, x = x.tensor_split([x.shape[1] - changed], 1)
+    params = params.unflatten(1, (changed, 3 * bins - 1)).movedim(2, -1)
     widths, heights, slopes = params.split([bins, bins, bins - 1], -1)
-    return ops.rational_quadratic_spline(x, widths, heights, slopes, inverse=inverse, tail_bound=bound, log_det="sample")
+    y, log_det = ops.rational_quadratic_spline(x, widths, heights, slopes, inverse=inverse, tail_bound=bound, log_det="sample")
+    return torch.cat([kept, y.to(kept.dtype)], 1), log_det
 
 
 class Flip(nn.Module):

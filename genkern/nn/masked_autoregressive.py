@@ -92,5 +92,5 @@ class MaskedAutoregressive(nn.Module):
     def _transform(self, x, params, inverse, log_det):
         if self.bins is None:
             return ops.affine_coupling(x, params, scale="soft_clip", inverse=inverse, log_det=log_det)
-        y, own = splined(x, params, self.bins, self.bound, inverse)
+        y, own = splined(x, params, x.shape[1], self.bins, self.bound, inverse)
         return y, own if log_det is None else log_det + own
