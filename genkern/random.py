@@ -8,7 +8,7 @@ device (the GPU kernels were so far compared in emulation and in Triton's interp
 
 A key is an int64 tensor (2,) = (seed, offset), or (N, 2) for one stream per row. Calling twice with one key gives the same numbers
 twice: split() or fold_in() make new ones. A draw takes key, shape (with (N, 2) keys (N, ...)), dtype (float32, where it names no other;
-float64, bfloat16, float16) and device (by default the key's), or instead of these two `out`, a contiguous tensor of that shape to fill.
+float64, bfloat16, float16) and device (by default the key's), or instead of these three `out`, a contiguous tensor to fill.
 TypeError, ValueError on anything else. No gradient.
 
 Bits, uniforms and Bernoulli draws are equal bit for bit everywhere, and so are float32, bfloat16 and half normals, exponentials,
@@ -118,23 +118,23 @@ def check_key(name, key):
 # ---- draws
 
 
-def bits(key, shape, *, dtype=torch.int32, device=None, out=None):
+def bits(key, shape=None, *, dtype=torch.int32, device=None, out=None):
     """Random bits. dtype int32 (one word a value) or int64 (two words, the first one high)."""
     return _draw("bits", key, shape, dtype, device, out, (torch.int32, torch.int64))
 
 
-def uniform(key, shape, low=0.0, high=1.0, *, dtype=torch.float32, device=None, out=None):
+def uniform(key, shape=None, low=0.0, high=1.0, *, dtype=torch.float32, device=None, out=None):
     """low + (high - low) u, u uniform on [0, 1): as many bits as the dtype holds (24; half 11, bfloat16 8, float64 53)."""
     if not type(low) is type(high) is float:
         low, high = _numbers("uniform", low=low, high=high)
     return _draw("uniform", key, shape, dtype, device, out, FLOATS, high - low, low)
 
 
-def normal(key, shape, mean=0.0, std=1.0, *, dtype=torch.float32, device=None, out=None):
+def normal(key, shape=None, mean=0.0, std=1.0, *, dtype=torch.float32, device=None, out=None):
     """mean + std n with n standard normal by Box-Muller (Box & Muller, 1958); in float32 |n| <= 6.77.
 
     key int64 (2,) or (shape[0], 2) on the CPU or the device of the result; device defaults to the key's. `out`: a contiguous
-    tensor of that shape to fill instead of a new one, in its own dtype.
+    tensor to fill instead of a new one, in its own dtype; shape is then that of out, or left out.
     """
     return _draw("normal", key, shape, dtype, device, out, FLOATS, std, mean)
 
@@ -156,12 +156,12 @@ def bernoulli(key, p, shape=None, *, dtype=torch.float32, device=None, out=None)
     (p,) = _numbers("bernoulli", p=p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"bernoulli: p must be in [0, 1], got {p}")
-    if shape is None:
-        raise TypeError("bernoulli: shape is required where p is a number")
+    if shape is None and out is None:
+        raise TypeError("bernoulli: shape is required where p is a number and out is not given")
     return _draw("bernoulli", key, shape, dtype, device, out, dtypes, p)
 
 
-def exponential(key, shape, rate=1.0, *, dtype=torch.float32, device=None, out=None):
+def exponential(key, shape=None, rate=1.0, *, dtype=torch.float32, device=None, out=None):
     """-ln(u) / rate: density rate exp(-rate x)."""
     (rate,) = _numbers("exponential", rate=rate)
     if not rate > 0:
@@ -169,17 +169,17 @@ def exponential(key, shape, rate=1.0, *, dtype=torch.float32, device=None, out=N
     return _draw("exponential", key, shape, dtype, device, out, FLOATS, 1.0 / rate)
 
 
-def gumbel(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
+def gumbel(key, shape=None, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
     """loc - scale ln(-ln u): argmax(logits + gumbel) draws from softmax(logits) (Gumbel, 1954)."""
     return _draw("gumbel", key, shape, dtype, device, out, FLOATS, scale, loc)
 
 
-def logistic(key, shape, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
+def logistic(key, shape=None, loc=0.0, scale=1.0, *, dtype=torch.float32, device=None, out=None):
     """loc + scale ln(u / (1 - u))."""
     return _draw("logistic", key, shape, dtype, device, out, FLOATS, scale, loc)
 
 
-def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, device=None, out=None):
+def truncated_normal(key, shape=None, low=-2.0, high=2.0, *, dtype=torch.float32, device=None, out=None):
     """A standard normal conditioned on [low, high], by the inverse distribution function of a keyed uniform (no rejection).
 
     The quantile of a standard normal at a probability uniform between those of low and high, which has 24 bits (float64: 53).
@@ -189,7 +189,7 @@ def truncated_normal(key, shape, low=-2.0, high=2.0, *, dtype=torch.float32, dev
     if not low < high:
         raise ValueError(f"truncated_normal: low must be below high, got {low} and {high}")
     check_key("truncated_normal", key)
-    shape = as_size("truncated_normal", shape)
+    shape = _size_of("truncated_normal", shape, out)
     _check_result("truncated_normal", key, shape, dtype, out, FLOATS)
     dtype = dtype if out is None else out.dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -205,7 +205,7 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     check_key(name, key)
     if type(a) is not float or type(b) is not float:
         a, b = _numbers(name, scale=a, location=b)
-    shape = as_size(name, shape)
+    shape = _size_of(name, shape, out)
     _check_result(name, key, shape, dtype, out, dtypes)
     if out is None:
         device = key.device if device is None else torch.device(device)
@@ -217,6 +217,12 @@ def _draw(name, key, shape, dtype, device, out, dtypes, a=1.0, b=0.0):
     _random.FILL[name](beside(key, out), out, a, b)
     torch.autograd.graph.increment_version(out)
     return out
+
+
+def _size_of(name, shape, out):
+    if shape is None and isinstance(out, torch.Tensor):
+        return out.shape
+    return as_size(name, shape)
 
 
 def as_size(name, shape):

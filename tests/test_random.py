@@ -259,6 +259,7 @@ def test_out(backend):
         out = room[100:200]
         version = out._version
         assert gr.normal(KEY, (100,), out=out) is out and out._version > version
+        assert torch.equal(gr.normal(KEY, out=torch.empty(100)), out) and gr.bernoulli(KEY, 1.0, out=torch.zeros(9)).all()
         assert torch.equal(out, gr.normal(KEY, (100,)))
         assert room[:100].eq(0).all() and room[200:].eq(0).all()
         for wrong in (torch.empty(99), torch.empty(200)[::2], torch.empty(100, dtype=torch.int32)):
