@@ -268,16 +268,11 @@ def compare(old, new, threshold=0.1):
 def table(results):
     """Lines of Markdown: times faster than eager PyTorch, torch.compile and peers; a row for each op, shape and number of threads."""
     rivals = {"eager": "eager", "compile": "`torch.compile`"}
-    head = [
-        "op",
-        "shape",
-        "threads",
-        *(f"{mode}, x {rival}" for rival in rivals.values() for mode in ("forward", "with backward")),
-        "x peers",
-    ]
+    times = [f"{mode}, x {rival}" for rival in rivals.values() for mode in ("forward", "with backward")]
+    head = ["op", "shape", "threads", *times, "x peers"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     measured = {}
-    for r in results:
+    for r in _with_inverses(results):
         measured.setdefault((r["op"], tuple(r["shape"]), r.get("threads", 1)), {})[r["mode"]] = r["contenders"]
     for (op, shape, threads), modes in measured.items():
         cells = [f"`{op}`", " x ".join(map(str, shape)), str(threads)]
@@ -293,6 +288,11 @@ def table(results):
     return lines
 
 
+def _with_inverses(results):
+    """The inverse of an op as an op of its own."""
+    return [r | {"op": f"{r['op']} inverse", "mode": "forward"} if r["mode"] == "inverse" else r for r in results]
+
+
 def _times(ratio):
     return f"{ratio:.1f}x" if ratio < 99.95 else f"{ratio:.0f}x"
 
@@ -305,7 +305,7 @@ def plot(results, path):
     from matplotlib import pyplot
 
     threads = min(r.get("threads", 1) for r in results)
-    results = [r for r in results if r.get("threads", 1) == threads]
+    results = [r for r in _with_inverses(results) if r.get("threads", 1) == threads]
     ops = list(dict.fromkeys(r["op"] for r in results))
     figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(9, 0.2 * len(ops) + 1.2), layout="constrained")
     for axes, rival in zip(panels, ("eager", "compile"), strict=True):
@@ -351,7 +351,10 @@ def _read(path):
 
 def main(argv=None):
     """Run the command; 0, or 1 where a ratio fell (compare) or a case was refused."""
-    lower = "A lower instruction set, for PyTorch and genkern alike: ATEN_CPU_CAPABILITY=avx2 (or default) genkern bench ..."
+    lower = (
+        "A lower instruction set, for PyTorch, its libraries and genkern alike: "
+        "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 genkern bench ..."
+    )
     parser = argparse.ArgumentParser(prog="genkern bench", description=__doc__.splitlines()[0], epilog=lower)
     words = "names; or: compare A.json B.json (fails where a ratio fell by 10 %%); plot A.json FILE; table A.json (Markdown)"
     parser.add_argument("ops", nargs="*", help=words)

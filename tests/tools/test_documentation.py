@@ -1,6 +1,7 @@
 """What README, docs and the modules' own words print as code runs as printed."""
 
 import importlib
+import json
 import re
 import textwrap
 import wave
@@ -13,6 +14,7 @@ import torch
 import genkern
 import genkern.data
 from genkern.cli import COMMANDS
+from genkern.testing.bench import table
 
 ROOT = Path(genkern.__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs a checkout")
@@ -40,6 +42,17 @@ def test_the_commands_of_the_readme_exist():
     text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     found = set(re.findall(r"(?:^|`)(?:python -m )?genkern ([a-z]+)", text, re.MULTILINE))
     assert {"train", "sample", "bench", "verify", "info"} <= found <= set(COMMANDS)
+
+
+def test_the_tables_of_figures_are_those_of_the_runs():
+    """`genkern bench table RUN.json > RUN.md`; the README shows some of its lines."""
+    results = ROOT / "bench" / "results"
+    for run in ("cpu_avx512", "cpu_avx2"):
+        lines = table(json.loads((results / f"{run}.json").read_text())["results"])
+        assert (results / f"{run}.md").read_text().splitlines() == lines
+        if run == "cpu_avx512":
+            shown = re.findall(r"^\| `.* \| \d+ \| .*x .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+            assert len(shown) > 10 and set(shown) <= set(lines)
 
 
 @pytest.mark.parametrize("library", ("nflows", "normflows", "zuko"))
