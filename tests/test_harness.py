@@ -211,7 +211,7 @@ def test_a_right_function_passes():
 
 
 def _kept_by_address(y, x, kept={}):  # noqa: B006
-    return y * kept.setdefault(x.data_ptr(), x.detach().mean().item())
+    return y * kept.setdefault(x.data_ptr(), (x.detach()[0, 0].item(), x))[0]  # x stays: no other tensor takes its place
 
 
 def _kept_by_shape(y, x, kept={}):  # noqa: B006

@@ -230,7 +230,8 @@ def print_header(facts):
     versions = f"torch {facts['torch']}, genkern {facts['genkern']}"
     print(f"{facts.get('gpu') or facts['cpu']}, {facts['instruction_set']}, {versions}")
     print("x eager: how many times faster than eager PyTorch in the same round (median; 20th-80th percentile)")
-    print("fwd: forward, +bwd: forward and backward, inv: forward of the inverse; compile: the same against torch.compile")
+    print("fwd: forward, +bwd: forward and backward, inv: forward of the inverse")
+    print("compile: the same against torch.compile")
     print("copy: speed as a part of copying as many bytes; mem: peak bytes as a part of eager's; t: threads\n")
     columns = f"{'eager us':>8} {'ours us':>8} {'x eager':>7} {'(p20-p80)':>11} {'compile':>7} {'copy':>4} {'mem':>4}"
     print(f"{'op':18} {'shape':11} {'mode':4} t {columns}")
